@@ -1,0 +1,281 @@
+"""Countdown on a pocket calculator: reach a target from given numbers, one attempt per episode.
+
+    numbers 3 7 4 target 25 <think> <try> 7 + 4 11 * 3 33 no <try> 3 * 7 21 + 4 25 yes </think> <answer> ( 3 * 7 ) + 4 </answer>
+
+An attempt is an *episode*: `<try>`, then a chain `a op b r op c v` that applies one operation after the other to a running
+result (7 + 4 = 11, 11 * 3 = 33), then a check of v against the target. Each number is one token. The vocabulary has no
+`=`, which saves two tokens in nine of every attempt; `Countdown.show` writes it for the eye.
+
+Warm-start traces search at random, with flaws that the config sets: they repeat attempts, go on after a success and give
+up early, so that reinforcement learning has something to improve. Problems are drawn by (seed, split) and belong to
+exactly one split by a hash of their key (sorted numbers, target).
+Left out: chains whose running result is not a whole number in 1..max_value (no trace ever contains one), and expressions
+that are no chain, like (a*b)+(c*d). The grader accepts any expression.
+"""
+
+import ast
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import permutations, product
+
+from nanomrt.tokenizer import Tokenizer
+
+SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>")
+SPLITS = ("train", "validation", "test", "ood")
+MAX_ANSWER_CHARS = 200  # a longer answer is wrong: it bounds what the parser sees
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Reach `target` with an expression that uses some of `numbers`, each at most as often as it is given."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int]:
+        """What makes two problems the same: the order in which the numbers are shown does not."""
+        return tuple(sorted(self.numbers)), self.target
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An attempt: numbers[0] ops[0] numbers[1] ops[1] …, with the running results after each operation."""
+
+    numbers: tuple[int, ...]
+    ops: tuple[str, ...]
+    results: tuple[int, ...]
+
+    @property
+    def attempt(self) -> list[str]:
+        words = [str(self.numbers[0])]
+        for op, number, result in zip(self.ops, self.numbers[1:], self.results):
+            words += [op, str(number), str(result)]
+        return words
+
+    @property
+    def expression(self) -> list[str]:
+        """The same with brackets in place of the running results, as an answer is written."""
+        words = [str(self.numbers[0])]
+        for i, (op, number) in enumerate(zip(self.ops, self.numbers[1:])):
+            words = (["(", *words, ")"] if i else words) + [op, str(number)]
+        return words
+
+
+@lru_cache(maxsize=100_000)
+def solve(numbers: tuple[int, ...], used: int, operators: str, max_value: int) -> dict[int, list[Chain]]:
+    """Every chain over `used` of the (sorted) `numbers`, by the value it reaches. The oracle, and the proposer.
+
+    >>> [" ".join(chain.expression) for chain in solve((3, 4, 7), 3, "+-*", 100)[25]]
+    ['( 3 * 7 ) + 4', '( 7 * 3 ) + 4']
+    """
+    chains: dict[int, list[Chain]] = {}
+    for chosen in sorted(set(permutations(numbers, used))):
+        for ops in product(operators, repeat=used - 1):
+            results, value = [], Fraction(chosen[0])
+            for op, number in zip(ops, chosen[1:]):
+                value = _apply(op, value, number)
+                if value is None or value.denominator != 1 or not 1 <= value <= max_value:
+                    break
+                results.append(int(value))
+            else:
+                chains.setdefault(results[-1], []).append(Chain(chosen, ops, tuple(results)))
+    return chains
+
+
+def _apply(op: str, a: Fraction, b: int | Fraction) -> Fraction | None:
+    if op == "/":
+        return a / b if b else None
+    return {"+": a + b, "-": a - b, "*": a * b}[op]
+
+
+# --- The grader: text in, verdict out, nothing evaluated ---
+
+_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+@lru_cache(maxsize=65_536)
+def evaluate(expression: str) -> tuple[Fraction, tuple[int, ...]] | None:
+    """(value, sorted numbers used) of an expression of whole numbers, + - * / and brackets; None if it is anything else.
+
+    >>> evaluate("( 3 * 7 ) + 4")
+    (Fraction(25, 1), (3, 4, 7))
+    >>> evaluate("97**98**9") is evaluate("1.5*4") is evaluate("--5") is evaluate("1/0") is None
+    True
+    """
+    # The character set excludes names, powers' operands beyond a few digits, decimals and every non-ASCII digit.
+    if len(expression) > MAX_ANSWER_CHARS or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        return None
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # unbalanced, leading zeros, nested too deeply
+        return None
+    numbers: list[int] = []
+
+    def value(node: ast.expr) -> Fraction | None:
+        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 10**6:
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            a, b = value(node.left), value(node.right)
+            return None if a is None or b is None else _apply(_OPERATORS[type(node.op)], a, b)
+        return None
+
+    result = value(tree)
+    return None if result is None else (result, tuple(sorted(numbers)))
+
+
+def last_answer(response: str) -> str | None:
+    """The last complete <answer> outside the thinking, or None. A response begins inside it: the prompt opened it."""
+    spoken = re.sub(r"<think>.*?(?:</think>|$)", " ", "<think>" + response, flags=re.DOTALL)
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", spoken, flags=re.DOTALL)
+    return answers[-1].strip() if answers else None
+
+
+class Countdown:
+    """The task: problems, prompts, warm-start traces, episode boundaries, forced stop and grading.
+
+    This is the whole interface that the trainer, the sampler and the evaluation use; another task offers the same names.
+    """
+
+    def __init__(self, *, numbers: int = 3, used: int = 3, number_max: int = 10, target_min: int = 10, target_max: int = 60,
+                 operators: str = "+-*", max_solutions: int = 4, max_value: int = 100, ood_target_min: int = 45,
+                 ood_max_solutions: int = 2, max_attempts: int = 12, repeat: float = 0.2, go_on: float = 0.4,
+                 give_up: float = 0.04, hint: float = 0.05, ordered: float = 0.0):
+        if not 2 <= used <= numbers <= number_max:
+            raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={used}, numbers={numbers}, "
+                             f"number_max={number_max}")
+        if not set(operators) <= set("+-*/") or not operators:
+            raise ValueError(f"operators={operators!r} must be some of '+-*/'")
+        if not number_max <= target_max <= max_value:
+            raise ValueError(f"need number_max <= target_max <= max_value, not {number_max}, {target_max}, {max_value}")
+        self.numbers, self.used, self.number_max, self.operators = numbers, used, number_max, operators
+        self.target_min, self.target_max = target_min, target_max
+        self.max_solutions, self.max_value, self.max_attempts = max_solutions, max_value, max_attempts
+        self.ood_target_min, self.ood_max_solutions = ood_target_min, ood_max_solutions
+        self.repeat, self.go_on, self.give_up, self.hint, self.ordered = repeat, go_on, give_up, hint, ordered
+
+        words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, max_value + 1)))
+        self.tokenizer = Tokenizer.from_words(words, SPECIAL)
+        self.open_thinking, self.close_thinking, self.open_answer, self.stop, self.open_episode = (
+            self.tokenizer.id(word) for word in ("<think>", "</think>", "<answer>", "</answer>", "<try>"))
+        self.forced_stop = [self.close_thinking, self.open_answer]  # "time is up, answer now"
+        self.attempt_tokens = 3 * used  # <try>, the first number, (op, number, result) for each further one, the check
+        self.answer_tokens = used + (used - 1) + 2 * (used - 2) + 1  # numbers, operators, brackets, </answer>
+
+    @classmethod
+    def from_config(cls, config) -> "Countdown":
+        """The task that a `RunConfig` describes."""
+        same = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
+                "ood_target_min", "ood_max_solutions")
+        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint", "ordered")
+        return cls(**{name: getattr(config, name) for name in same},
+                   **{name: getattr(config, f"trace_{name}") for name in traces})
+
+    # --- Problems ---
+
+    def chains(self, problem: Problem) -> dict[int, list[Chain]]:
+        return solve(problem.key[0], self.used, self.operators, self.max_value)
+
+    def split_of(self, problem: Problem) -> str | None:
+        """The one split a problem belongs to; None if it has no solution or too many."""
+        solutions = len(self.chains(problem).get(problem.target, ()))
+        if not 1 <= solutions <= self.max_solutions or not self.target_min <= problem.target <= self.target_max:
+            return None
+        if problem.target >= self.ood_target_min and solutions <= self.ood_max_solutions:
+            return "ood"  # large targets with few solutions: harder than anything trained on
+        bucket = hashlib.sha256(repr(problem.key).encode()).digest()[0]  # 0..255, the same on every machine
+        return "test" if bucket < 26 else "validation" if bucket < 52 else "train"
+
+    def problems(self, split: str, count: int, seed: int | str) -> list[Problem]:
+        """`count` problems of `split`, with repetition, a function of (seed, split) alone."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        rng, found = random.Random(f"{seed}/{split}"), []
+        for _ in range(10_000 * count):
+            numbers = tuple(rng.sample(range(1, self.number_max + 1), self.numbers))
+            problem = Problem(numbers, rng.choice(sorted(solve(tuple(sorted(numbers)), self.used, self.operators,
+                                                                self.max_value))))
+            if self.split_of(problem) == split:
+                found.append(problem)
+                if len(found) == count:
+                    return found
+        raise ValueError(f"found {len(found)} of {count} {split} problems: widen the targets or raise max_solutions")
+
+    # --- Text ---
+
+    def prompt(self, problem: Problem) -> list[int]:
+        return self.tokenizer.encode(f"numbers {' '.join(map(str, problem.numbers))} target {problem.target} <think>")
+
+    def parse(self, text: str) -> Problem:
+        """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises ValueError with an example."""
+        numbers = [int(word) for word in re.findall(r"[0-9]+", text)]
+        if len(numbers) != self.numbers + 1:
+            raise ValueError(f"expected {self.numbers} numbers and a target, such as '3 7 4 target 25', not {text!r}")
+        if not all(1 <= number <= self.max_value for number in numbers):
+            raise ValueError(f"the model knows the numbers 1 to {self.max_value} only")
+        return Problem(tuple(numbers[:-1]), numbers[-1])
+
+    def show(self, ids: Sequence[int]) -> str:
+        """`ids` for the eye: a number that follows a number is a result."""
+        return re.sub(r"(?<=\d) (?=\d)", " = ", self.tokenizer.decode(ids))
+
+    def warm_trace(self, problem: Problem, rng: random.Random) -> tuple[list[int], list[float]]:
+        """A response by random search, flaws included, and the weight of each token in the warm start's loss.
+
+        Proposals are random, so their tokens are mostly noise to learn and weigh half; a `yes` is rare and decides what
+        happens next, so it weighs double.
+        """
+        by_value = self.chains(problem)
+        proposals = [chain for value in sorted(by_value) for chain in by_value[value]]
+        if rng.random() >= self.ordered:
+            rng.shuffle(proposals)
+        tried, found, words, weights = [], None, [], []
+        for _ in range(self.max_attempts):
+            if rng.random() < (1 - self.go_on if found else self.give_up):
+                break
+            if tried and rng.random() < self.repeat:
+                chain = rng.choice(tried)
+            elif rng.random() < self.hint:
+                chain = rng.choice(by_value[problem.target])
+            else:
+                chain = proposals[len(tried) % len(proposals)]
+            tried.append(chain)
+            hit = chain.results[-1] == problem.target
+            found = chain if hit else found
+            words += ["<try>", *chain.attempt, "yes" if hit else "no"]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1) + [2.0 if hit else 1.0]
+        answer = found or (tried[-1] if tried else rng.choice(proposals))  # with nothing found, a guess
+        ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
+        ids = self.tokenizer.encode(" ".join(words + ending))
+        return ids, weights + [1.0] * len(ending)
+
+    def episode_ends(self, response: Sequence[int]) -> list[int]:
+        """Where each episode of a response ends (exclusive): before the next `<try>`, before `</think>`, or at its end.
+
+        No `<try>`, no episode. The first episode owns whatever stands before its `<try>`.
+        """
+        close = response.index(self.close_thinking) if self.close_thinking in response else len(response)
+        opens = [i for i in range(close) if response[i] == self.open_episode]
+        return [*opens[1:], close] if opens else []
+
+    # --- Verdict ---
+
+    def grade(self, problem: Problem, response: str) -> float:
+        """1.0 if the last complete answer outside the thinking reaches the target with the given numbers, else 0.0."""
+        answer = last_answer(response)
+        result = evaluate(answer) if answer else None
+        if result is None:
+            return 0.0
+        value, numbers = result
+        remaining = list(problem.numbers)
+        for number in numbers:
+            if number not in remaining:
+                return 0.0
+            remaining.remove(number)
+        return float(value == problem.target and len(numbers) == self.used)

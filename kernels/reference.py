@@ -1,0 +1,52 @@
+"""What each kernel computes, in plain PyTorch: the specification, and the path that a CPU runs.
+
+A reader who wants to know what an operation means reads it here; the Triton twins must agree with these lines.
+Dimension key: B sequences, T tokens, C width, H query heads, K key/value heads, D head dim, V vocabulary, N packed
+tokens, R branches (rows being sampled), S prefix segments, L cached tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D)."""
+    (N, H, _), K = q.shape, k.shape[1]
+    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B,1)
+    step = torch.arange(max_seqlen, device=q.device)  # (T,)
+    # Padding repeats some real token; it lies after every real key of its row, so the causal mask hides it.
+    take = (starts + step).clamp(max=N - 1)  # (B,T) where each padded token reads from
+    pad = lambda x: x.index_select(0, take.flatten()).unflatten(0, take.shape).transpose(1, 2)  # noqa: E731 (B,·,T,D)
+    k, v = (pad(x).repeat_interleave(H // K, dim=1) for x in (k, v))  # (B,H,T,D)
+    out = F.scaled_dot_product_attention(pad(q), k, v, is_causal=True).transpose(1, 2)  # (B,T,H,D)
+    return out.flatten(0, 1).index_select(0, (step < lengths).flatten().nonzero().squeeze(1))  # (N,H,D)
+
+
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, visible: Tensor, group: Tensor, place: Tensor,
+                     suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
+    """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
+
+    prefix_k, prefix_v (S,K,L,D): cached segments; visible (S,M,L): which entries the m-th branch of a segment sees;
+    group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the flattened group;
+    suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
+    """
+    (R, H, D), (S, K, L, _), M = q.shape, prefix_k.shape, group.shape[1]
+    q = (q * D**-0.5).view(R, K, H // K, D)
+    shared = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D): the rows of a segment read it once, together
+    scores = (shared @ prefix_k.mT).view(S, K, M, -1, L).masked_fill(~visible[:, None, :, None], -torch.inf)
+    scores = scores.transpose(1, 2).flatten(0, 1)[place]  # (R,K,G,L)
+    p = torch.cat([scores, q @ suffix_k.mT], dim=-1).softmax(dim=-1)  # (R,K,G,L+t)
+    shared = p[..., :L][group].transpose(1, 2).reshape(S, K, -1, L) @ prefix_v  # (S,K,M·G,D)
+    shared = shared.view(S, K, M, -1, D).transpose(1, 2).flatten(0, 1)[place]  # (R,K,G,D)
+    return (shared + p[..., L:] @ suffix_v).reshape(R, H, D)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy of softmax(hidden @ weight.T / temperature), both (N,) in fp32.
+
+    hidden (N,C), weight (V,C), targets (N,) int64.
+    """
+    logp = ((hidden @ weight.T).float() / temperature).log_softmax(dim=-1)  # (N,V)
+    logprob = logp.gather(1, targets[:, None]).squeeze(1)  # (N,)
+    return logprob, -(logp.exp() * logp).sum(dim=-1)

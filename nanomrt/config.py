@@ -1,0 +1,217 @@
+"""Every key of a run, with its type, default and meaning, once.
+
+A config file is plain assignments (`alpha = 1.0`), loaded into a frozen dataclass; `--key=value` or `--key value` on the
+command line wins over it. A misspelt key, a wrong type or an impossible combination is an error before any work starts.
+The model's own shape is saved beside its weights (`ModelConfig`) and comes from there when a checkpoint is loaded.
+"""
+
+import difflib
+import json
+import runpy
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+ALGORITHMS = ("grpo", "mrt_online", "mrt")
+CHOICES = {
+    "algorithm": ALGORITHMS,
+    "advantage_norm": ("mean", "mean_std"),
+    "progress_norm": ("none", "mean", "mean_std"),
+    "loss_norm": ("token", "sequence", "constant"),
+    "kl_estimator": ("k2", "k3", "k1_reward"),
+    "truncated": ("zero", "mask"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+def key(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    # run
+    seed: int = key(0, "every random number of the run derives from it")
+    steps: int = key(60, "RL steps")
+    device: str = key("auto", "auto, cpu or cuda")
+    threads: int = key(0, "CPU threads; 0 leaves PyTorch's choice")
+    out_dir: str = key("out", "runs are written to out_dir/<run name>")
+    init_from: str = key("", "a checkpoint folder to start RL from, instead of the warm start")
+    save_every: int = key(20, "steps between checkpoints")
+    sample_every: int = key(10, "steps between printed rollouts")
+
+    # task: Countdown (data/countdown.py)
+    numbers: int = key(3, "numbers given")
+    used: int = key(3, "numbers that an answer uses")
+    number_max: int = key(13, "given numbers lie in 1..number_max")
+    target_min: int = key(10, "smallest target")
+    target_max: int = key(60, "largest target")
+    operators: str = key("+-*", "some of + - * /")
+    max_value: int = key(100, "largest running result in a warm-start trace; also the largest number token")
+    max_solutions: int = key(4, "problems with more solutions are left out")
+    ood_target_min: int = key(45, "targets from here on with few solutions form the OOD split")
+    ood_max_solutions: int = key(2, "how few")
+
+    # warm start: random search traces with flaws (nanomrt/warmstart.py)
+    trace_max_attempts: int = key(12, "attempts in the longest trace")
+    trace_repeat: float = key(0.2, "probability that an attempt repeats an earlier one")
+    trace_go_on: float = key(0.4, "probability of another attempt after a success")
+    trace_give_up: float = key(0.04, "probability of answering before a success, per attempt")
+    trace_hint: float = key(0.05, "probability that an attempt is a solution by construction")
+    trace_ordered: float = key(0.0, "share of traces that search in order instead of at random")
+    warm_steps: int = key(500, "optimiser steps")
+    warm_batch: int = key(64, "traces per step")
+    warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices")
+    warm_adamw_lr: float = key(3e-3, "AdamW learning rate, embeddings and norms")
+    gate_result: float = key(0.95, "least share of right intermediate results before RL begins")
+    gate_check_precision: float = key(0.8, "least share of `yes` that are right")
+    gate_check_recall: float = key(0.7, "least share of solved attempts that get a `yes`")
+    gate_answer: float = key(0.6, "least share of right answers among traces that reach the target")
+
+    # model: a Llama (nanomrt/model.py); Hugging Face's names
+    hidden_size: int = key(128, "width")
+    intermediate_size: int = key(320, "width of the feed-forward layers")
+    num_hidden_layers: int = key(4, "layers")
+    num_attention_heads: int = key(4, "query heads")
+    num_key_value_heads: int = key(2, "key/value heads")
+    head_dim: int = key(32, "size of a head")
+    max_position_embeddings: int = key(256, "context length, in tokens")
+
+    # rollouts
+    prompts_per_step: int = key(32, "problems per step")
+    group_size: int = key(12, "rollouts per problem")
+    thinking_budget: int = key(108, "thinking tokens per rollout; a rollout that has not answered by then is cut off")
+    temperature: float = key(1.0, "sampling temperature, the same in the loss")
+    truncated: str = key("zero", "a rollout that was cut off: zero (scores 0 and trains) or mask (left out of the loss)")
+
+    # algorithm (nanomrt/mrt.py)
+    algorithm: str = key("mrt_online", "grpo, mrt_online (episode-local progress) or mrt (prefix form)")
+    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
+    gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
+    forks: int = key(1, "forced answers per boundary, m")
+    fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
+    advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred) or mean_std (also divided by the std)")
+    progress_norm: str = key("mean_std", "progress over the batch: none, mean or mean_std")
+    loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
+    clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
+    clip_high: float = key(0.28, "upper clip of the probability ratio, 1 + clip_high")
+    kl_coef: float = key(0.0, "weight of the KL to the starting policy; 0 loads no reference")
+    kl_estimator: str = key("k2", "k2 or k3 (in the loss) or k1_reward (in the reward)")
+
+    # optimiser of the RL stage: AdamW
+    learning_rate: float = key(5e-4, "peak learning rate")
+    warmup_steps: int = key(10, "optimiser steps of linear warm-up")
+    weight_decay: float = key(0.0, "decoupled weight decay")
+    grad_clip: float = key(1.0, "largest gradient norm")
+    minibatches: int = key(2, "optimiser steps per batch of rollouts")
+    micro_batch_tokens: int = key(8192, "tokens per forward and backward pass; changes memory, not the result")
+
+    # evaluation (evaluate.py)
+    eval_problems: int = key(256, "distinct problems per split")
+    eval_samples: int = key(4, "rollouts per problem")
+    eval_budget: int = key(144, "largest thinking budget, in tokens; beyond thinking_budget it is extrapolation")
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
+        answer = 4 * self.used  # generous: numbers, operators, brackets, tags
+        longest = self.numbers + 4 + max(self.thinking_budget, self.eval_budget, 3 * self.used * self.trace_max_attempts) + answer
+        checks = [
+            (self.group_size > 1, "group_size must be at least 2: an advantage compares rollouts of one problem"),
+            (self.algorithm != "mrt" or self.group_size % 2 == 0,
+             f"group_size={self.group_size} must be even for algorithm=mrt: half of a group stops at the prefix"),
+            (self.prompts_per_step * self.group_size % self.minibatches == 0,
+             f"prompts_per_step * group_size = {self.prompts_per_step * self.group_size} must be divisible by "
+             f"minibatches={self.minibatches}"),
+            (longest <= self.max_position_embeddings,
+             f"prompt + budget + answer can take {longest} tokens, more than max_position_embeddings="
+             f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
+            (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
+            (self.alpha >= 0, "alpha must not be negative"),
+            (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
+            (min(self.forks, self.steps, self.prompts_per_step, self.minibatches, self.save_every, self.sample_every,
+                 self.eval_problems, self.eval_samples, self.warm_batch) >= 1,
+             "steps, forks, prompts_per_step, minibatches, save_every, sample_every, warm_batch, eval_problems and "
+             "eval_samples must be at least 1"),
+            (self.forks == 1 or self.fork_temperature > 0,
+             f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
+            (self.num_attention_heads % self.num_key_value_heads == 0,
+             "num_attention_heads must be a multiple of num_key_value_heads"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ValueError(message)
+
+    def describe(self) -> str:
+        """One line per key: name, type, default, meaning."""
+        return "\n".join(f"  --{f.name:<24} {f.type.__name__:<6} {f.default!r:<12} {f.metadata['meaning']}" for f in fields(self))
+
+
+KEYS = {f.name: f for f in fields(RunConfig)}
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    """`value` as the type of key `name`; a command line gives text, a file gives Python values."""
+    if name not in KEYS:
+        near = difflib.get_close_matches(name, KEYS, n=1)
+        raise ValueError(f"{source}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all"))
+    wanted = KEYS[name].type
+    if isinstance(value, str) and wanted is not str:
+        try:
+            return wanted(value)
+        except ValueError:
+            raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}") from None
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}, not {type(value).__name__}")
+    return value
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
+    """The config of a file, with overrides. Raises ValueError with the fix in its message."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file {path}; those that come with nanomrt are config/*.py")
+    values = {name: value for name, value in runpy.run_path(str(path)).items() if not name.startswith("__")}
+    values = {name: _typed(name, value, str(path)) for name, value in values.items()}
+    values |= {name: _typed(name, value, "command line") for name, value in (overrides or {}).items()}
+    return RunConfig(**values)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, str]:
+    """['--alpha=0', '--seed', '3'] -> {'alpha': '0', 'seed': '3'}."""
+    overrides, rest = {}, list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"expected --key=value, not {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name} needs a value: --{name}=…")
+            value = rest.pop(0)
+        overrides[name.replace("-", "_")] = value
+    return overrides
+
+
+def run_name(path: str | Path, overrides: dict[str, str]) -> str:
+    """'config/small.py' with seed 1 -> 'small-seed=1'. Keys that only say where or how to run don't count."""
+    silent = {"out_dir", "device", "threads", "save_every", "sample_every"}
+    changed = [f"{name}={value}".replace("/", "_") for name, value in sorted(overrides.items()) if name not in silent]
+    return "-".join([Path(path).stem, *changed])
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    path.write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config that a run saved."""
+    return RunConfig(**{name: _typed(name, value, str(path)) for name, value in json.loads(path.read_text()).items()})
+
+
+__all__ = ["ALGORITHMS", "KEYS", "RunConfig", "load_config", "parse_overrides", "read_config", "replace", "run_name", "save_config"]

@@ -1,0 +1,180 @@
+"""A Llama in one file: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Parameter names and config keys are Hugging Face's, so `load_state_dict(strict=True)` reads their checkpoints: Llama,
+Qwen2 (`attention_bias`) and Qwen3 (`qk_norm`). Two deliberate differences:
+
+- There is no batch axis. Tokens of all sequences lie on one flat axis N, and an `Attend` argument knows which of them
+  see each other. Training, prefill and decoding are the same forward pass with another `Attend`; the module itself
+  holds no cache and no mask.
+- `forward` ends at the last hidden state. The head is applied by `kernels.token_logprobs`, only where it is needed.
+
+Left out: dropout (the sampler and the trainer must see one distribution), RoPE scaling, mixture of experts.
+Dimension key: N packed tokens, C width, H query heads, K key/value heads, D head dim, F feed-forward width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False  # bias on q, k and v, as in Qwen2
+    qk_norm: bool = False  # RMSNorm on each head's q and k, as in Qwen3
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                             f"num_key_value_heads={self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs of numbers")
+
+
+class Attend(Protocol):
+    """Who sees whom: called once per layer with q (N,H,D), k and v (N,K,D); returns (N,H,D)."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Whole sequences side by side, each causal in itself: training and prefill."""
+
+    cu_seqlens: Tensor  # (B+1,) int64, where each sequence starts, and N at the end
+    max_seqlen: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+
+
+def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (N,1,D) of each position's angles; pair i of D/2 turns by position · theta^(-2i/D)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    angle = position_ids[:, None].float() * frequency  # (N,D/2)
+    angle = torch.cat([angle, angle], dim=-1)[:, None]  # (N,1,D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (N,·,D) by its angle; in fp32, returned in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.head_dim = layer, D
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q), cos, sin)  # (N,H,D)
+        k = rotate(self.k_norm(k), cos, sin)  # (N,K,D)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(1))  # (N,C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, F_, bias=False)
+        self.up_proj = nn.Linear(C, F_, bias=False)
+        self.down_proj = nn.Linear(F_, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N,C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything but the head; the level that Hugging Face names `model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """input_ids (N,) and position_ids (N,) -> last hidden states (N,C); `head` (V,C) turns them into logits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> "Llama":
+        """Draw the weights from `generator`, so that a run is a function of its seed. Returns the model."""
+        for name, weight in self.named_parameters():
+            if weight.ndim < 2:
+                continue  # norms start at 1, biases are set below
+            std = 0.02 if "embed_tokens" in name or "lm_head" in name else weight.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * self.config.num_hidden_layers) ** 0.5  # 2 L branches are added: keep their sum's variance
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        for name, bias in self.named_parameters():
+            if name.endswith("bias"):
+                bias.zero_()
+        return self
+
+    @property
+    def head(self) -> Tensor:
+        return self.lm_head.weight  # (V,C)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)  # (N,1,D)
+        x = self.model.embed_tokens(input_ids)  # (N,C)
+        for block in self.model.layers:
+            x = block(x, cos, sin, attend)
+        return self.model.norm(x)  # (N,C)

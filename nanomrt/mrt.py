@@ -1,0 +1,157 @@
+"""Meta Reinforcement Fine-Tuning: episodes, J, progress, advantages and the loss, on flat packed tensors.
+
+A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer forced after episode j is right, estimated
+from m forced answers. Equations (numbers stand on the lines that compute them):
+
+    (1) progress_j = J_j - J_{j-1}                                          negative progress is kept
+    (2) credit_j   = sum_{i>=j} gamma^{i-j} progress_i                      gamma = 0: an episode's own progress only
+    (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
+    (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
+
+alpha = 0 is GRPO. gamma = 1 telescopes to J_T - J_{j-1}: a better baseline for the outcome, not another objective. What
+makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
+Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
+Dimension key: N packed tokens, B rollouts, E episodes of all rollouts, P prompts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts on one flat token axis, with everything that the loss needs."""
+
+    tokens: Tensor  # (N,) int64
+    lengths: Tensor  # (B,) int64, tokens of each rollout, prompt included
+    is_action: Tensor  # (N,) bool, sampled by the policy
+    logprob: Tensor  # (N,) fp32, under the policy that sampled, 0 where no action
+    reward: Tensor  # (B,) fp32
+    prompt_id: Tensor  # (B,) int64
+    finished: Tensor  # (B,) bool, False: cut off
+
+    @property
+    def row(self) -> Tensor:
+        """(N,) the rollout of each token."""
+        return torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(self.lengths)
+
+    @property
+    def offset(self) -> Tensor:
+        """(B,) the first token of each rollout."""
+        return self.lengths.cumsum(0) - self.lengths
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """The E episodes of a batch, rollout after rollout, first to last."""
+
+    row: Tensor  # (E,) int64, ascending
+    start: Tensor  # (E,) int64, first token on the flat axis
+    end: Tensor  # (E,) int64, one past the last token
+    J_before: Tensor  # (E,) fp32, probability of a right answer if thinking stops before it
+    J_after: Tensor  # (E,) fp32, and after it: the next episode's J_before, the same estimate
+
+    @property
+    def progress(self) -> Tensor:
+        return self.J_after - self.J_before  # (1)
+
+
+def episodes_between(row: Tensor, boundary: Tensor, J: Tensor) -> Episodes:
+    """Neighbouring boundaries of one rollout enclose an episode and share their J.
+
+    row, boundary (on the flat axis) and J: (E + rollouts with an episode,), rollout after rollout.
+    """
+    same = row[:-1] == row[1:]
+    return Episodes(row[1:][same], boundary[:-1][same], boundary[1:][same], J[:-1][same], J[1:][same])
+
+
+def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
+    """Reward minus its group's mean; `mean_std` divides by the group's population std, and 0 stays 0. (B,) -> (B,).
+
+    >>> group_advantage(torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.tensor([7, 7, 3, 3]), "mean")
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    _, group, size = prompt_id.unique(return_inverse=True, return_counts=True)
+    mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size  # noqa: E731
+    # In fp64 the mean of equal rewards is that reward, so their advantage is exactly 0 and not rounding noise over itself.
+    centred = reward.double() - mean(reward.double())[group]
+    if norm == "mean_std":
+        centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)
+    return centred.to(reward.dtype)
+
+
+def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
+    """(2): an episode's own progress plus gamma times the next one's credit in the same rollout. (E,) -> (E,).
+
+    >>> discounted_credit(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, 1]), 0.5)
+    tensor([3., 4., 4., 8.])
+    """
+    if gamma == 0:
+        return progress
+    credit, rows = progress.tolist(), row.tolist()
+    for j in reversed(range(len(credit) - 1)):
+        if rows[j] == rows[j + 1]:
+            credit[j] += gamma * credit[j + 1]
+    return torch.tensor(credit, dtype=progress.dtype, device=progress.device)
+
+
+def normalise(progress: Tensor, norm: str) -> Tensor:
+    """Progress over all episodes of the batch: as it is, centred, or centred and divided by the std. (E,) -> (E,)."""
+    if norm == "none" or len(progress) == 0:
+        return progress
+    centred = progress - progress.mean()
+    return centred if norm == "mean" else centred / (centred.square().mean().sqrt() + 1e-6)
+
+
+def advantages(batch: Batch, episodes: Episodes | None, *, alpha: float, gamma: float, advantage_norm: str,
+               progress_norm: str) -> Tensor:
+    """(3), one number per token: (N,), 0 where the policy did not act. Without episodes or with alpha = 0 it is GRPO.
+
+    A member of the family is a choice of contexts (who is in the batch), of J (how a context is valued) and of this line.
+    """
+    outcome = group_advantage(batch.reward, batch.prompt_id, advantage_norm)  # (B,)
+    advantage = outcome[batch.row]  # (N,)
+    if episodes is not None and alpha > 0 and len(episodes.row):
+        credit = discounted_credit(normalise(episodes.progress, progress_norm), episodes.row, gamma)  # (E,)
+        token = torch.arange(len(advantage), device=advantage.device)  # (N,)
+        which = (torch.searchsorted(episodes.start, token, right=True) - 1).clamp(min=0)  # (N,) last episode begun by then
+        inside = (token >= episodes.start[which]) & (token < episodes.end[which])
+        advantage = advantage + torch.where(inside, alpha * credit[which], 0.0)  # (3)
+    return advantage * batch.is_action
+
+
+def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:
+    """w of (4), over the whole batch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
+
+    token: every token counts the same; sequence: every rollout counts the same; constant: per rollout and `budget`.
+    """
+    counted = batch.is_action & (batch.finished[batch.row] | (truncated == "zero"))  # (N,)
+    counted = counted.float()
+    per_row = torch.zeros(len(batch.lengths), device=counted.device).index_add(0, batch.row, counted)  # (B,)
+    if loss_norm == "token":
+        return counted / counted.sum().clamp(min=1)
+    rows = (per_row > 0).sum().clamp(min=1)
+    return counted / rows / (per_row.clamp(min=1)[batch.row] if loss_norm == "sequence" else budget)
+
+
+def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor, low: float, high: float) -> Tensor:
+    """(4), a scalar; every argument (n,). Its value is near 0 on policy, its gradient is REINFORCE's."""
+    ratio = (logprob - old_logprob).exp()
+    return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)).sum()
+
+
+def kl_penalty(logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
+    """Per-token loss (n,) whose expected gradient under the sampling policy is that of KL(pi || ref).
+
+    k2: half the squared log-ratio. k3: k3 times the importance ratio; without the ratio its gradient would be that of the
+    forward KL(ref || pi). k1 has no gradient of its own (E[grad log pi] = 0), so `k1_reward` subtracts it from the reward
+    and this returns 0.
+    """
+    log_ratio = ref_logprob - logprob
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    if estimator == "k3":
+        return (logprob - old_logprob).exp() * (log_ratio.exp() - 1 - log_ratio)
+    return torch.zeros_like(logprob)

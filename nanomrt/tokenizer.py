@@ -1,0 +1,52 @@
+"""Text to token ids and back: a thin layer over `tokenizers`, whose `tokenizer.json` travels with each checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import AddedToken, models, pre_tokenizers
+
+
+class Tokenizer:
+    """`encode` and `decode` by the vocabulary of one `tokenizer.json`."""
+
+    def __init__(self, inner: HFTokenizer):
+        self._inner = inner
+
+    @classmethod
+    def from_words(cls, words: Sequence[str], special: Sequence[str]) -> "Tokenizer":
+        """A word-level tokenizer: one id per word, special tokens first, words separated by blanks in the text."""
+        vocab = {word: i for i, word in enumerate((*special, *words))}
+        if len(vocab) != len(special) + len(words):
+            raise ValueError("the words of a tokenizer must be distinct")
+        inner = HFTokenizer(models.WordLevel(vocab, unk_token=special[0]))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        return cls(HFTokenizer.from_file(str(path)))
+
+    def save(self, path: Path) -> None:
+        self._inner.save(str(path))
+
+    def __len__(self) -> int:
+        return self._inner.get_vocab_size()
+
+    def id(self, word: str) -> int:
+        """The id of one token. Raises KeyError if the vocabulary lacks it."""
+        token_id = self._inner.token_to_id(word)
+        if token_id is None:
+            raise KeyError(f"{word!r} is not in the vocabulary of {len(self)} tokens")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included: they carry the structure that a grader reads."""
+        return self._inner.decode(list(ids), skip_special_tokens=False)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return self._inner.decode_batch([list(row) for row in rows], skip_special_tokens=False)
