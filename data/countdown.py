@@ -1,6 +1,7 @@
 """Countdown on a pocket calculator: reach a target from given numbers, one attempt per episode.
 
-    numbers 3 7 4 target 25 <think> <try> 7 + 4 11 * 3 33 no <try> 3 * 7 21 + 4 25 yes </think> <answer> ( 3 * 7 ) + 4 </answer>
+    numbers 3 7 4 target 25 <think> <try> 7 + 4 11 * 3 33 no <try> 3 * 7 21 + 4 25 yes </think>
+    <answer> ( 3 * 7 ) + 4 </answer>
 
 An attempt is an *episode*: `<try>`, then a chain `a op b r op c v` that applies one operation after the other to a running
 result (7 + 4 = 11, 11 * 3 = 33), then a check of v against the target. Each number is one token. The vocabulary has no
@@ -256,11 +257,13 @@ class Countdown:
         return ids, weights + [1.0] * len(ending)
 
     def episode_ends(self, response: Sequence[int]) -> list[int]:
-        """Where each episode of a response ends (exclusive): before the next `<try>`, before `</think>`, or at its end.
+        """Where each episode of a response ends (exclusive): before the next `<try>`, before `</think>` (or a stray
+        `</answer>`), or where the response was cut off.
 
         No `<try>`, no episode. The first episode owns whatever stands before its `<try>`.
         """
-        close = response.index(self.close_thinking) if self.close_thinking in response else len(response)
+        endings = (i for i, token in enumerate(response) if token in (self.close_thinking, self.stop))
+        close = next(endings, len(response))
         opens = [i for i in range(close) if response[i] == self.open_episode]
         return [*opens[1:], close] if opens else []
 
@@ -279,3 +282,33 @@ class Countdown:
                 return 0.0
             remaining.remove(number)
         return float(value == problem.target and len(numbers) == self.used)
+
+    def audit(self, problems: Sequence[Problem], responses: Sequence[Sequence[int]],
+              rewards: Sequence[float]) -> dict[str, float]:
+        """What a policy must be able to do before RL can teach it to search: shares in 0..1, by the name of their gate.
+
+        result: running results that are right; check_precision, check_recall: of `yes` against "the written value is the
+        target"; answer: right answers among traces that wrote the target. A share of nothing is 0.
+        """
+        count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "hits", "solved", "answered"), 0)
+        for problem, response, reward in zip(problems, responses, rewards):
+            solved = False
+            for attempt in self.tokenizer.decode(response).split("</think>")[0].split("<try>")[1:]:
+                words = re.fullmatch(r"\s*(\d+)((?: [-+*/] \d+ \d+)+) (yes|no)\s*", attempt)
+                if not words:
+                    continue  # malformed or cut off
+                value, steps, check = int(words[1]), words[2].split(), words[3]
+                for op, number, result in zip(steps[::3], map(int, steps[1::3]), map(int, steps[2::3])):
+                    count["results"] += 1
+                    count["right"] += _apply(op, Fraction(value), number) == result
+                    value = result
+                hit = value == problem.target
+                count["hits"] += hit
+                count["yes"] += check == "yes"
+                count["true_yes"] += hit and check == "yes"
+                solved |= hit
+            count["solved"] += solved
+            count["answered"] += bool(solved and reward)
+        share = lambda part, whole: count[part] / max(count[whole], 1)
+        return {"result": share("right", "results"), "check_precision": share("true_yes", "yes"),
+                "check_recall": share("true_yes", "hits"), "answer": share("answered", "solved")}

@@ -17,29 +17,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     step = torch.arange(max_seqlen, device=q.device)  # (T,)
     # Padding repeats some real token; it lies after every real key of its row, so the causal mask hides it.
     take = (starts + step).clamp(max=N - 1)  # (B,T) where each padded token reads from
-    pad = lambda x: x.index_select(0, take.flatten()).unflatten(0, take.shape).transpose(1, 2)  # noqa: E731 (B,·,T,D)
+    pad = lambda x: x.index_select(0, take.flatten()).unflatten(0, take.shape).transpose(1, 2)  # (B,·,T,D)
     k, v = (pad(x).repeat_interleave(H // K, dim=1) for x in (k, v))  # (B,H,T,D)
     out = F.scaled_dot_product_attention(pad(q), k, v, is_causal=True).transpose(1, 2)  # (B,T,H,D)
     return out.flatten(0, 1).index_select(0, (step < lengths).flatten().nonzero().squeeze(1))  # (N,H,D)
 
 
-def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, visible: Tensor, group: Tensor, place: Tensor,
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, hidden: Tensor, group: Tensor, place: Tensor,
                      suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
     """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
 
-    prefix_k, prefix_v (S,K,L,D): cached segments; visible (S,M,L): which entries the m-th branch of a segment sees;
-    group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the flattened group;
-    suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
+    prefix_k, prefix_v (S,K,L,D): cached segments; hidden (S,M,L) fp32: -1e30 where the m-th branch of a segment does not
+    see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the
+    flattened group; suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
     """
     (R, H, D), (S, K, L, _), M = q.shape, prefix_k.shape, group.shape[1]
     q = (q * D**-0.5).view(R, K, H // K, D)
-    shared = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D): the rows of a segment read it once, together
-    scores = (shared @ prefix_k.mT).view(S, K, M, -1, L).masked_fill(~visible[:, None, :, None], -torch.inf)
-    scores = scores.transpose(1, 2).flatten(0, 1)[place]  # (R,K,G,L)
-    p = torch.cat([scores, q @ suffix_k.mT], dim=-1).softmax(dim=-1)  # (R,K,G,L+t)
-    shared = p[..., :L][group].transpose(1, 2).reshape(S, K, -1, L) @ prefix_v  # (S,K,M·G,D)
-    shared = shared.view(S, K, M, -1, D).transpose(1, 2).flatten(0, 1)[place]  # (R,K,G,D)
-    return (shared + p[..., L:] @ suffix_v).reshape(R, H, D)
+    # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
+    together = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D)
+    scores = (together @ prefix_k.mT).view(S, K, M, -1, L).add_(hidden[:, None, :, None])  # (S,K,M,G,L)
+    p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
+    out = (p.view(S, K, -1, L).to(q.dtype) @ prefix_v).view(S, K, M, -1, D)
+    lse, out = (x.transpose(1, 2).flatten(0, 1)[place] for x in (lse, out))  # (R,K,G,·)
+    own_p, own_lse = _softmax_and_lse(q @ suffix_k.mT)  # (R,K,G,t), (R,K,G,1)
+    share = torch.sigmoid(lse - own_lse).to(q.dtype)  # the prefix's part of the whole softmax; 0 where none of it is seen
+    return torch.lerp(own_p.to(q.dtype) @ suffix_v, out, share).reshape(R, H, D)
+
+
+def _softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax and log-sum-exp over the last axis. The largest p is exp(max - lse), which spares a second pass of exps."""
+    p = scores.softmax(dim=-1)
+    return p, scores.amax(dim=-1, keepdim=True) - p.amax(dim=-1, keepdim=True).log()
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Every key of a run, with its type, default and meaning, once.
 
-A config file is plain assignments (`alpha = 1.0`), loaded into a frozen dataclass; `--key=value` or `--key value` on the
+A config file is plain assignments (`alpha = 1.0`), perhaps on top of another file (`base = "small.py"`), loaded into a
+frozen dataclass; `--key=value` or `--key value` on the
 command line wins over it. A misspelt key, a wrong type or an impossible combination is an error before any work starts.
 The model's own shape is saved beside its weights (`ModelConfig`) and comes from there when a checkpoint is loaded.
 """
@@ -8,7 +9,7 @@ The model's own shape is saved beside its weights (`ModelConfig`) and comes from
 import difflib
 import json
 import runpy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ CHOICES = {
     "truncated": ("zero", "mask"),
     "device": ("auto", "cpu", "cuda"),
 }
+
+
+class UserError(Exception):
+    """Something the user can fix; its message says how. Commands show it without a traceback."""
 
 
 def key(default: Any, meaning: str) -> Any:
@@ -92,7 +97,7 @@ class RunConfig:
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
     forks: int = key(1, "forced answers per boundary, m")
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
-    advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred) or mean_std (also divided by the std)")
+    advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred) or mean_std (and divided by the std)")
     progress_norm: str = key("mean_std", "progress over the batch: none, mean or mean_std")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
@@ -117,8 +122,10 @@ class RunConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        answer = 4 * self.used  # generous: numbers, operators, brackets, tags
-        longest = self.numbers + 4 + max(self.thinking_budget, self.eval_budget, 3 * self.used * self.trace_max_attempts) + answer
+        prompt, answer = self.numbers + 4, 4 * self.used + 2
+        thinking = max(self.thinking_budget * (2 if self.algorithm == "mrt" else 1),  # a prefix, and a budget after it
+                       self.eval_budget, 3 * self.used * self.trace_max_attempts)
+        longest = prompt + thinking + answer
         checks = [
             (self.group_size > 1, "group_size must be at least 2: an advantage compares rollouts of one problem"),
             (self.algorithm != "mrt" or self.group_size % 2 == 0,
@@ -145,12 +152,13 @@ class RunConfig:
             if not holds:
                 raise ValueError(message)
 
-    def describe(self) -> str:
-        """One line per key: name, type, default, meaning."""
-        return "\n".join(f"  --{f.name:<24} {f.type.__name__:<6} {f.default!r:<12} {f.metadata['meaning']}" for f in fields(self))
-
 
 KEYS = {f.name: f for f in fields(RunConfig)}
+
+
+def describe() -> str:
+    """One line per key: name, type, default, meaning."""
+    return "\n".join(f"  --{f.name:<24} {f.type.__name__:<6} {f.default!r:<12} {f.metadata['meaning']}" for f in KEYS.values())
 
 
 def _typed(name: str, value: Any, source: str) -> Any:
@@ -173,13 +181,18 @@ def _typed(name: str, value: Any, source: str) -> Any:
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
     """The config of a file, with overrides. Raises ValueError with the fix in its message."""
-    path = Path(path)
+    values = _read_file(Path(path)) | {name: _typed(name, value, "command line") for name, value in (overrides or {}).items()}
+    return RunConfig(**values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The assignments of a config file, on top of those of the file that it names as `base`."""
     if not path.is_file():
         raise ValueError(f"no config file {path}; those that come with nanomrt are config/*.py")
     values = {name: value for name, value in runpy.run_path(str(path)).items() if not name.startswith("__")}
-    values = {name: _typed(name, value, str(path)) for name, value in values.items()}
-    values |= {name: _typed(name, value, "command line") for name, value in (overrides or {}).items()}
-    return RunConfig(**values)
+    base = values.pop("base", None)
+    inherited = _read_file(path.parent / base) if base else {}
+    return inherited | {name: _typed(name, value, str(path)) for name, value in values.items()}
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -212,6 +225,3 @@ def save_config(config: RunConfig, path: Path) -> None:
 def read_config(path: Path) -> RunConfig:
     """The config that a run saved."""
     return RunConfig(**{name: _typed(name, value, str(path)) for name, value in json.loads(path.read_text()).items()})
-
-
-__all__ = ["ALGORITHMS", "KEYS", "RunConfig", "load_config", "parse_overrides", "read_config", "replace", "run_name", "save_config"]

@@ -61,6 +61,17 @@ class Packed:
     cu_seqlens: Tensor  # (B+1,) int64, where each sequence starts, and N at the end
     max_seqlen: int
 
+    @classmethod
+    def of(cls, lengths: Tensor) -> "Packed":
+        """Sequences of these lengths (B,), one after the other."""
+        return cls(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), int(lengths.max()))
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(N,) each token's place in its own sequence."""
+        N, starts = int(self.cu_seqlens[-1]), self.cu_seqlens[:-1]
+        return torch.arange(N, device=starts.device) - starts.repeat_interleave(self.cu_seqlens.diff())
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernels.attention(q, k, v, self.cu_seqlens, self.max_seqlen)
 
@@ -175,6 +186,9 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)  # (N,1,D)
         x = self.model.embed_tokens(input_ids)  # (N,C)
-        for block in self.model.layers:
-            x = block(x, cos, sin, attend)
+        # On a GPU the matrix products run in bf16. Weights and residual stream stay fp32: an update smaller than a bf16
+        # step must not be lost, and sampler and trainer must round alike.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            for block in self.model.layers:
+                x = block(x, cos, sin, attend)
         return self.model.norm(x)  # (N,C)

@@ -42,6 +42,18 @@ class Batch:
         """(B,) the first token of each rollout."""
         return self.lengths.cumsum(0) - self.lengths
 
+    def flat(self, rows: Tensor) -> Tensor:
+        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout."""
+        lengths = self.lengths[rows]
+        start = (self.offset[rows] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+        return start + torch.arange(len(start), device=start.device)
+
+    def take(self, rows: Tensor) -> "Batch":
+        """The batch of these rollouts."""
+        flat = self.flat(rows)
+        return Batch(self.tokens[flat], self.lengths[rows], self.is_action[flat], self.logprob[flat], self.reward[rows],
+                     self.prompt_id[rows], self.finished[rows])
+
 
 @dataclass(frozen=True)
 class Episodes:
@@ -74,7 +86,7 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
     _, group, size = prompt_id.unique(return_inverse=True, return_counts=True)
-    mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size  # noqa: E731
+    mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size
     # In fp64 the mean of equal rewards is that reward, so their advantage is exactly 0 and not rounding noise over itself.
     centred = reward.double() - mean(reward.double())[group]
     if norm == "mean_std":

@@ -3,14 +3,16 @@
 This is where problems, tokens and verdicts meet; `mrt.py` only ever sees the tensors of a `Batch`.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nanomrt.config import RunConfig
 from nanomrt.model import Llama
-from nanomrt.mrt import Batch
+from nanomrt.mrt import Batch, Episodes, episodes_between
 from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
 
 
@@ -35,7 +37,7 @@ class Rollouts:
         step = torch.arange(self.samples.tokens.shape[1], device=device)
         real = step < self.samples.lengths[:, None]  # (B,T)
         where = ((lengths.cumsum(0) - self.samples.lengths)[:, None] + step)[real]  # the samples' place on the flat axis
-        spread = lambda x: torch.zeros(int(lengths.sum()), dtype=x.dtype, device=device).index_copy(0, where, x[real])  # noqa: E731
+        spread = lambda x: torch.zeros(int(lengths.sum()), dtype=x.dtype, device=device).index_copy(0, where, x[real])
         return Batch(
             tokens=torch.tensor([token for row in self.tokens for token in row], device=device),
             lengths=lengths,
@@ -107,3 +109,115 @@ def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
             row += [r] * (len(ends) + 1)
             position += [start, *(start + end for end in ends)]
     return row, position
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one RL step learns from."""
+
+    rollouts: Rollouts
+    batch: Batch
+    episodes: Episodes | None  # None: no progress was measured
+    trace_tokens: int  # generated, for the ledger
+    fork_tokens: int
+    seconds: dict[str, float]  # wall clock of sampling traces and of forcing answers
+
+    def metrics(self) -> dict[str, float | None]:
+        """What a step line says about the rollouts: means over rollouts, or over episodes for `progress`."""
+        batch, E = self.batch, self.episodes
+        mean = lambda x: float(x.float().mean()) if len(x) else 0.0
+        metrics = {"reward": mean(batch.reward), "finished": mean(batch.finished), "J_first": None, "J_last": None,
+                   "progress": None, "episodes": None,
+                   "response_tokens": int(batch.is_action.sum()) / len(batch.lengths)}
+        if E is not None:
+            first, last = E.row != E.row.roll(1), E.row != E.row.roll(-1)
+            first[:1], last[-1:] = True, True
+            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress),
+                        "episodes": len(E.row) / len(batch.lengths)}
+        return metrics
+
+
+    def example(self, task) -> dict:
+        """The batch's first rollout, with what is known of its J."""
+        E, J = self.episodes, []
+        if E is not None:
+            mine = E.row == 0
+            J = E.J_before[mine][:1].tolist() + E.J_after[mine].tolist()
+        return example(task, self.rollouts, 0, J)
+
+
+def training_sampling(task, config: RunConfig) -> Sampling:
+    """How training samples: room for the thinking budget and an answer, temperature and nothing else."""
+    new_tokens = config.thinking_budget + len(task.forced_stop) + task.answer_tokens
+    return Sampling(new_tokens, (task.stop,), config.temperature)
+
+
+def collect(model: Llama, task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> Collected:
+    """The batch of the configured algorithm: who is in it, and how J changed over its episodes."""
+    sampling = training_sampling(task, config)
+    form = prefix_form if config.algorithm == "mrt" else whole_traces
+    began = time.perf_counter()
+    rollouts, row, position, known, trace_tokens = form(model, task, problems, config, sampling, generator)
+    batch = rollouts.batch()
+    traced = time.perf_counter()
+    if config.algorithm == "grpo" or config.alpha == 0 or not row:
+        return Collected(rollouts, batch, None, trace_tokens, 0, {"trace": traced - began})
+    ask = [i for i, J in enumerate(known) if J is None]
+    estimated, fork_tokens = force_answers(model, task, rollouts, [row[i] for i in ask], [position[i] for i in ask],
+                                           config.forks, config.fork_temperature, generator)
+    J = torch.tensor([0.0 if J is None else J for J in known], device=batch.reward.device)
+    J[ask] = estimated
+    row, position = torch.tensor(row, device=J.device), torch.tensor(position, device=J.device)
+    episodes = episodes_between(row, batch.offset[row] + position, J)
+    seconds = {"trace": traced - began, "fork": time.perf_counter() - traced}
+    return Collected(rollouts, batch, episodes, trace_tokens, fork_tokens, seconds)
+
+
+def whole_traces(model, task, problems, config, sampling, generator):
+    """GRPO and MRT's on-policy form: whole traces, and every boundary of each. J is not known yet anywhere."""
+    rollouts = roll_out(model, task, problems, config.group_size, sampling, generator)
+    row, position = boundaries(task, rollouts)
+    return rollouts, row, position, [None] * len(row), rollouts.samples.generated
+
+
+def prefix_form(model, task, problems, config, sampling, generator):
+    """MRT's prefix form: cut one trace per problem after a random number of episodes; from there, half of the group is
+    forced to answer now and half goes on. The forced half's mean verdict is J of the prefix, and what a continuing row
+    gained by its first new episode is that episode's progress."""
+    G, half = config.group_size, config.group_size // 2
+    traces = roll_out(model, task, problems, 1, sampling, generator)
+    starts = []
+    for r, start in enumerate(traces.prompt_length):
+        ends = task.episode_ends(traces.response(r))
+        pick = int(torch.randint(max(len(ends), 1), (1,), generator=generator))  # 0 … T-1 episodes stay
+        starts.append(start + ([0, *ends][pick]))
+    owner = [i for i in range(len(problems)) for _ in range(G)]
+    forced = [task.forced_stop if r % G < half else [] for r in range(len(owner))]
+    rollouts = continue_from(model, task, [problems[i] for i in owner], traces.samples.segments(), owner,
+                             [traces.tokens[i][: starts[i]] for i in owner], forced, owner, sampling, generator)
+    row, position, known = [], [], []
+    for r, i in enumerate(owner):
+        new_ends = [end for end in task.episode_ends(rollouts.response(r)) if traces.prompt_length[i] + end > starts[i]]
+        if not forced[r] and new_ends:
+            J_prefix = sum(rollouts.reward[i * G : i * G + half]) / half
+            row += [r, r]
+            position += [starts[i], traces.prompt_length[i] + new_ends[0]]
+            known += [J_prefix, None]
+    return rollouts, row, position, known, traces.samples.generated + rollouts.samples.generated
+
+
+def example(task, rollouts: Rollouts, row: int, J: Sequence[float]) -> dict:
+    """One rollout for the eye: prompt, episodes, J at b_0 … b_T (or nothing), answer, verdict."""
+    response = rollouts.response(row)
+    ends = task.episode_ends(response)
+    return {"prompt": task.show(rollouts.tokens[row][: rollouts.prompt_length[row]]),
+            "episodes": [task.show(response[a:b]) for a, b in zip([0, *ends], ends)], "J": [float(x) for x in J],
+            "answer": task.show(response[ends[-1] if ends else 0 :]), "reward": rollouts.reward[row]}
+
+
+def examples(model: Llama, task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> list[dict]:
+    """A rollout of each problem with J at every boundary, whatever the algorithm of the run."""
+    rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), generator)
+    row, position = boundaries(task, rollouts)
+    J, _ = force_answers(model, task, rollouts, row, position, config.forks, config.fork_temperature, generator)
+    return [example(task, rollouts, r, [x for owner, x in zip(row, J.tolist()) if owner == r]) for r in range(len(problems))]

@@ -59,7 +59,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    replace: tuple[int, int] | None = None  # (a, b): b is written where a was drawn, which is how thinking is forced to go on
+    replace: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; forces thinking to go on
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class BranchCache:
         """Go on with the slots where `active` (live,) is true; they move to the front."""
         count = int(active.sum())
         holes, movers = (~active[:count]).nonzero().squeeze(1), active[count:].nonzero().squeeze(1) + count
-        for tensor, dim in ((self.keys, 1), (self.values, 1), (self.row, 0)):
-            a, b = tensor.index_select(dim, holes), tensor.index_select(dim, movers)
-            tensor.index_copy_(dim, holes, b).index_copy_(dim, movers, a)
+        for tensor in (self.keys[:, :, :, : self.length], self.values[:, :, :, : self.length], self.row[None]):
+            a, b = tensor[:, holes], tensor[:, movers]  # copies
+            tensor[:, holes], tensor[:, movers] = b, a
         self.live = count
         self._share()
 
@@ -142,13 +142,14 @@ class BranchCache:
         self.group = self.group.view(len(used), M)  # (S,M) live rows of each used segment; unused places name row 0
         limit = torch.zeros_like(self.group.flatten())
         limit[self.place] = position
-        self.visible = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
+        seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
+        self.hidden = torch.where(seen, 0.0, -1e30)
         self.shared_keys, self.shared_values = self.prefix.keys[:, used], self.prefix.values[:, used]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, t = self.live, self.length
         self.keys[layer, :n, :, t], self.values[layer, :n, :, t] = k, v
-        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.visible, self.group,
+        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.hidden, self.group,
                                         self.place, self.keys[layer, :n, :, : t + 1], self.values[layer, :n, :, : t + 1])
 
 
@@ -168,14 +169,13 @@ class Recorder:
 def prefill(model: Llama, prompts: Sequence[Sequence[int]]) -> Segments:
     """Cache S token sequences in one packed forward pass."""
     device = model.head.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # (S+1,)
-    step = torch.arange(int(lengths.max()), device=device)  # (L,)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (S,)
+    packed = Packed.of(lengths)
+    step = torch.arange(packed.max_seqlen, device=device)  # (L,)
     inside = step < lengths[:, None]  # (S,L)
-    position_ids = step.expand_as(inside)[inside]  # (N,)
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
-    attend = Recorder(Packed(cu_seqlens, int(lengths.max())))
-    model(tokens, position_ids, attend)
+    attend = Recorder(packed)
+    model(tokens, packed.position_ids, attend)
     spread = torch.zeros(inside.shape, dtype=torch.int64, device=device)
     spread[inside] = torch.arange(len(tokens), device=device)  # (S,L) where each entry lies on the flat axis
     keys, values = (torch.stack([x[spread].transpose(1, 2) for x in kept]) for kept in (attend.keys, attend.values))

@@ -7,24 +7,21 @@ Batches are drawn in random order and the loss is divided by a constant: batches
 own tokens, would weigh short traces more and teach the model to stop early.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 import kernels
-from nanomrt.config import RunConfig
-from nanomrt.model import Llama, Packed
-
-
-def pack(rows: list[list[int]], device) -> tuple[Tensor, Tensor, Packed]:
-    """Sequences side by side: tokens (N,), position_ids (N,) and the attention that keeps them apart."""
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # (B+1,)
-    tokens = torch.tensor([token for row in rows for token in row], device=device)  # (N,)
-    position_ids = torch.arange(len(tokens), device=device) - cu_seqlens[:-1].repeat_interleave(lengths)  # (N,)
-    return tokens, position_ids, Packed(cu_seqlens, int(lengths.max()))
+from nanomrt import checkpoint
+from nanomrt.config import RunConfig, UserError
+from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.rollout import roll_out, training_sampling
 
 
 def warm_optimizers(model: Llama, config: RunConfig) -> list[torch.optim.Optimizer]:
@@ -42,17 +39,18 @@ def warm_start(model: Llama, task, config: RunConfig) -> Iterator[float]:
     problems = task.problems("train", config.warm_steps * config.warm_batch, f"{config.seed}/warm")
     optimizers = warm_optimizers(model, config)
     peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    scale = 1 / (config.warm_batch * config.thinking_budget)  # the constant normaliser
+    scale = 1 / (config.warm_batch * task.attempt_tokens * config.trace_max_attempts)  # the constant normaliser
     for step in range(config.warm_steps):
         rows, weights = [], []
         for problem in problems[step * config.warm_batch : (step + 1) * config.warm_batch]:
             prompt, (response, weight) = task.prompt(problem), task.warm_trace(problem, rng)
             rows.append(prompt + response)
             weights += [0.0] * len(prompt) + weight
-        tokens, position_ids, attend = pack(rows, device)
+        tokens = torch.tensor([token for row in rows for token in row], device=device)  # (N,)
+        packed = Packed.of(torch.tensor([len(row) for row in rows], device=device))
         weight = torch.tensor(weights, device=device)  # (N,)
         learned = weight.nonzero().squeeze(1)  # never a sequence's first token
-        hidden = model(tokens, position_ids, attend)  # (N,C)
+        hidden = model(tokens, packed.position_ids, packed)  # (N,C)
         logprob, _ = kernels.token_logprobs(hidden[learned - 1], model.head, tokens[learned], 1.0)
         loss = -(logprob * weight[learned]).sum() * scale
         for optimizer in optimizers:
@@ -67,3 +65,55 @@ def warm_start(model: Llama, task, config: RunConfig) -> Iterator[float]:
         for optimizer in optimizers:
             optimizer.step()
         yield float(loss.detach())
+
+
+# Besides trace_* and warm_*: what the data, the network and its training depend on.
+SHAPING_KEYS = ("seed", "numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
+                "ood_target_min", "ood_max_solutions", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "grad_clip")
+
+GATE_ADVICE = {
+    "result": "intermediate results are often wrong: raise warm_steps",
+    "check_precision": "`yes` is said too often: raise warm_steps, or lower trace_hint",
+    "check_recall": "solutions go unnoticed: raise warm_steps or trace_hint",
+    "answer": "solved traces do not lead to their answer: raise warm_steps or trace_hint",
+}
+
+
+def gates(model: Llama, task, config: RunConfig) -> dict[str, tuple[float, float]]:
+    """(measured, required) of each gate, on the model's own rollouts of validation problems."""
+    problems = task.problems("validation", config.eval_problems, "gates")
+    rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), torch.Generator().manual_seed(config.seed))
+    responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
+    measured = task.audit(rollouts.problems, responses, rollouts.reward)
+    return {name: (value, getattr(config, f"gate_{name}")) for name, value in measured.items()}
+
+
+def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
+    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained and saved.
+
+    The cache's name is a hash of the keys that shape it, so runs that differ in RL only share one. Raises UserError with
+    advice if a gate fails, unless `force`.
+    """
+    shaping = {name: value for name, value in asdict(config).items()
+               if name.startswith(("trace_", "warm_")) or name in SHAPING_KEYS}
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
+    folder = Path(config.out_dir) / f"warm-{digest}"
+    if checkpoint.damage(folder) is None:
+        print(f"warm start: {folder}, trained before")
+    else:
+        shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+        model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape))
+        model.initialise(torch.Generator().manual_seed(config.seed)).to(device)
+        with tqdm(total=config.warm_steps, desc="warm start", unit="step", mininterval=2.0) as bar:
+            for loss in warm_start(model, task, config):
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                bar.update()
+        checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping})
+    failed = []
+    for name, (measured, required) in gates(checkpoint.load_model(folder, device), task, config).items():
+        print(f"  gate {name:<16} {measured:.3f}  (needs {required:.2f})  {'ok' if measured >= required else 'FAILED'}")
+        failed += [GATE_ADVICE[name]] if measured < required else []
+    if failed and not force:
+        raise UserError("the warm start is not ready for RL: " + "; ".join(failed) + ". --force goes on regardless")
+    return folder

@@ -1,0 +1,25 @@
+# The newcomer's run: 3-number Countdown from nothing on two CPU cores. Every key: python train.py --help
+
+# The task: reach 10..60 with three different numbers of 1..13, each used once, with + - and *.
+numbers, used, number_max = 3, 3, 13
+target_min, target_max = 10, 60
+operators = "+-*"
+
+# The warm start's flaws are what RL has to mend.
+trace_go_on = 0.7             # it keeps trying after it has found a solution
+trace_repeat = 0.05           # it forgets what it tried
+trace_give_up = 0.04          # it answers without having found one
+warm_steps = 500              # the gates are passed with room to spare
+
+# The model: 0.7M parameters.
+hidden_size, intermediate_size = 128, 320
+num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim = 4, 4, 2, 32
+max_position_embeddings = 256
+
+# RL: 384 rollouts a step, at most 12 attempts each.
+steps = 60
+prompts_per_step, group_size = 32, 12
+thinking_budget = 108         # 12 attempts of 9 tokens
+learning_rate = 2e-4          # 5e-4 makes traces longer and the reward fall after 20 steps
+algorithm = "mrt_online"
+alpha = 1.0

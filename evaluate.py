@@ -1,0 +1,257 @@
+"""How good is a policy at every thinking budget? One run, or several side by side.
+
+    python evaluate.py out/small                                   test and OOD problems; a table and a figure
+    python evaluate.py out/small out/small-alpha=0 --figure mrt-against-grpo.png
+
+Three questions, each answered with a 95 % interval over problems:
+- As trained: accuracy, tokens per right answer, pass@k and maj@k of rollouts under the training budget. A rollout that has
+  not answered by then scores 0, as in training.
+- Stopped: J(b), the accuracy of a greedy answer forced after b thinking tokens, for a grid of b that reaches past the
+  training budget, and the regret (metrics.py) of this curve.
+- Forced to go on (extrapolation): the same curve when every `</think>` is replaced by a new attempt. Does the policy make
+  use of budgets that it was never trained with?
+
+Left out: linearised evaluation with a sliding window, and verifiers that select among samples (best of N).
+Dimension key: B rollouts, P problems, G samples per problem, b budgets of the grid.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.countdown import Countdown
+from nanomrt import checkpoint
+from nanomrt.config import RunConfig, UserError, read_config
+from nanomrt.metrics import bootstrap, maj_at_k, normalised_regret, pass_at_k, ratio
+from nanomrt.model import Llama
+from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
+from nanomrt.run import choose_device, generator_for
+
+ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
+ROWS = 512  # rollouts sampled at a time: bounds the memory, does not change what is estimated
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Evaluate runs: a table, a figure, and `test` and `ood` in summary.json.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as out/small")
+    parser.add_argument("--figure", type=Path, help="where to draw (default: figures/budget.png in the first run)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
+    args = parser.parse_args(argv)
+    from tqdm import tqdm
+
+    for run in args.runs:  # complain before the first of several evaluations, not after it
+        if not (run / "config.json").is_file():
+            raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+    names = [run.name for run in args.runs]
+    summaries = {}
+    for run, name in zip(args.runs, names):
+        try:
+            config = read_config(run / "config.json")
+            folder = checkpoint.newest(run / "checkpoints")
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from None
+        config = replace(config, device=args.device or config.device)
+        model = checkpoint.load_model(folder, choose_device(config))
+        sections = evaluate_splits(model, Countdown.from_config(config), config, ["test", "ood"], tqdm)
+        label = name if names.count(name) == 1 else str(run)
+        summaries[label] = update_summary(run / "summary.json", sections)
+    print(summary_table(summaries))
+    figure = args.figure or args.runs[0] / "figures" / "budget.png"
+    budget_figure(figure, {label: summary["test"] for label, summary in summaries.items()})
+    print(f"\n{figure}")
+    return 0
+
+
+# --- Measuring ---
+
+
+def evaluate_splits(model: Llama, task, config: RunConfig, splits: Iterable[str],
+                    progress: Callable[..., Iterable] | None = None) -> dict[str, dict]:
+    """A section for each split. The seed is fixed, so that every run of a task answers the same problems."""
+    return {split: evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
+                                   progress and (lambda chunks, split=split: progress(chunks, desc=split)))
+            for split in splits}
+
+
+def distinct(task, split: str, count: int, seed: int | str) -> list:
+    """`count` different problems of a split; fewer if twice as many draws find nothing new."""
+    draws, found, known = count, {}, -1
+    while known < len(found) < count:
+        known = len(found)
+        for problem in task.problems(split, draws, seed):
+            found.setdefault(problem.key, problem)
+        draws *= 2
+    return list(found.values())[:count]
+
+
+def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, seed: int | str,
+                    progress: Callable[[Iterable], Iterable] | None = None) -> dict:
+    """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve is a plain mean.
+
+    `progress` wraps the chunks of problems, as tqdm does. Tokens per right answer is inf if no answer is right.
+    """
+    if not problems:
+        raise ValueError("evaluate_policy needs at least one problem")
+    P, G, chunk = len(problems), config.eval_samples, max(1, ROWS // config.eval_samples)
+    grid, starts = budget_grid(task, config), range(0, P, chunk)
+    parts = [sample_chunk(model, task, problems[start : start + chunk], config, grid, generator_for(seed, "evaluate", start))
+             for start in (progress(starts) if progress else starts)]
+    of = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    of = {name: column.reshape(P, G, *column.shape[1:]) for name, column in of.items()}  # (P,G) or (P,G,b)
+    right, J = of["right"], of["J"]
+    votes = [[text or None for text in row] for row in of["vote"].tolist()]
+    horizons = sorted({h for h in (config.thinking_budget // 2, config.thinking_budget, config.eval_budget) if h > 0})
+    return {
+        "problems": P, "samples": G, "thinking_budget": config.thinking_budget,
+        "accuracy": bootstrap(right.mean(1)),
+        "tokens_per_correct": bootstrap(np.stack([of["tokens"].sum(1), right.sum(1)], axis=1), ratio),
+        "mean_thinking_tokens": bootstrap(of["thinking"].mean(1)),
+        "pass_at_k": {str(k): bootstrap([pass_at_k(G, int(c), k) for c in right.sum(1)])
+                      for k in sorted({2**i for i in range(G.bit_length())} | {G})},
+        "maj_at_k": {str(G): bootstrap([maj_at_k(votes[p], right[p]) for p in range(P)])},
+        "budget_curve": curve(grid, J, of["spent"]),
+        "regret": {str(h): bootstrap(normalised_regret(grid, J.mean(1), h)) for h in horizons},
+        "extrapolation": curve(grid, of["J_on"], of["spent_on"]),
+    }
+
+
+def budget_grid(task, config: RunConfig) -> list[int]:
+    """The budgets at which thinking is stopped, in tokens: 0, some whole attempts, and the largest budget itself."""
+    reach = max(config.eval_budget, config.thinking_budget)
+    return sorted({n * task.attempt_tokens for n in ATTEMPTS if n * task.attempt_tokens < reach} | {reach})
+
+
+def curve(grid: Sequence[int], J: np.ndarray, spent: np.ndarray) -> list[dict]:
+    """One row per budget; J and spent (P,G,b)."""
+    return [{"budget": b, "tokens": float(spent[..., i].mean()), "J": bootstrap(J[..., i].mean(1))}
+            for i, b in enumerate(grid)]
+
+
+def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid: Sequence[int],
+                 generator: torch.Generator) -> dict[str, np.ndarray]:
+    """What is measured of G rollouts of each problem: columns with a row per rollout, (B,), or (B,b) along the grid."""
+    training = training_sampling(task, config)
+    cap, answer = training.max_new_tokens, len(task.forced_stop) + task.answer_tokens
+    # One pass serves all numbers of free rollouts: cut at `cap` tokens, a longer rollout has the distribution of a training
+    # rollout. If it stops later than that, the cut one holds no complete answer and scores 0.
+    free = replace(training, max_new_tokens=grid[-1] + answer)
+    on = replace(free, replace=(task.close_thinking, task.open_episode))
+    same = generator.clone_state()  # the same random numbers: both passes are the same rollouts up to the first `</think>`
+    rollouts = roll_out(model, task, problems, config.eval_samples, free, generator)
+    responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
+    length = np.array([len(response) for response in responses])  # (B,)
+    thinking = np.array([thinking_tokens(task, response) for response in responses])  # (B,)
+    J, spent = stopped_at(model, task, rollouts, grid, generator)  # (B,b)
+    extended = roll_out(model, task, problems, config.eval_samples, on, same)
+    J_on, spent_on = stopped_at(model, task, extended, grid, same)  # (B,b)
+    return {
+        "right": np.array(rollouts.reward) * (length <= cap),
+        "tokens": length.clip(max=cap),
+        "thinking": thinking.clip(max=cap),
+        "vote": np.array([answer_text(task, response[:cap]) for response in responses]),
+        "J": J, "spent": spent + answer,  # an answer counts at its full allowance, which a well-formed one uses up
+        "J_on": J_on, "spent_on": spent_on + answer,
+    }
+
+
+def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int],
+               generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """J, the verdict on a greedy answer forced after b thinking tokens or at their end, and the tokens until then: (B,b).
+
+    Past the end of the thinking the answer no longer changes, so each (rollout, position) is asked once.
+    """
+    rows = range(len(rollouts.tokens))
+    thinking = np.array([thinking_tokens(task, rollouts.response(row)) for row in rows])  # (B,)
+    spent = np.minimum(thinking[:, None], np.array(grid))  # (B,b)
+    place = spent + np.array(rows)[:, None] * (grid[-1] + 1)  # (B,b) one number for each (rollout, position)
+    asked, back = np.unique(place, return_inverse=True)
+    row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
+    position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
+    J, _ = force_answers(model, task, rollouts, row, position, 1, 0.0, generator)
+    return J.cpu().numpy()[back.reshape(spent.shape)], spent
+
+
+def thinking_tokens(task, response: Sequence[int]) -> int:
+    """Tokens before `</think>`, or before a stop token without one, or all if the rollout was cut off."""
+    return next((i for i, token in enumerate(response) if token in (task.close_thinking, task.stop)), len(response))
+
+
+def answer_text(task, response: Sequence[int]) -> str:
+    """What a rollout votes for: its answer as it is written, '' without a complete one."""
+    if response[-1] != task.stop or task.open_answer not in response:
+        return ""
+    return task.tokenizer.decode(response[len(response) - response[::-1].index(task.open_answer) :])
+
+
+# --- Showing ---
+
+
+def update_summary(path: Path, sections: dict[str, dict]) -> dict:
+    """Put `sections` into summary.json, keep its other keys, and return all of it. The file is replaced in one step."""
+    summary = (json.loads(path.read_text()) if path.is_file() else {}) | sections
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(aside, path)
+    return summary
+
+
+def summary_table(summaries: dict[str, dict]) -> str:
+    """A line per run and section (warm_start, test, ood), each number with its interval. {label: summary} -> text."""
+    lines = [(label, name, summary[name]) for label, summary in summaries.items()
+             for name in ("warm_start", "test", "ood") if name in summary]
+    horizons = sorted({h for _, _, section in lines for h in section["regret"]}, key=int)
+    show = lambda x, digits: f"{x['value']:.{digits}f} [{x['low']:.{digits}f} {x['high']:.{digits}f}]" if x else "-"  # noqa: E731
+    rows = [("run", "problems", "accuracy", "tokens per right", "thinking tokens", *(f"regret to {h}" for h in horizons))]
+    rows += [(label, name, show(section["accuracy"], 3), show(section["tokens_per_correct"], 1),
+              show(section["mean_thinking_tokens"], 1), *(show(section["regret"].get(h), 3) for h in horizons))
+             for label, name, section in lines]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def budget_figure(path: Path, sections: dict[str, dict]) -> None:
+    """Accuracy against thinking budget, runs overlaid: stopped (solid, its regret shaded) and forced to go on (dashed)."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, section), colour in zip(sections.items(), COLOURS * (1 + len(sections) // len(COLOURS))):
+        for name, style, text in (("budget_curve", "-", label), ("extrapolation", "--", None)):
+            budget = [row["budget"] for row in section[name]]
+            value, low, high = ([row["J"][key] for row in section[name]] for key in ("value", "low", "high"))
+            axes.plot(budget, value, style, color=colour, label=text, linewidth=1.8, marker="o", markersize=3)
+            if name == "budget_curve":
+                axes.fill_between(budget, low, high, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(budget, value, 1, color=colour, alpha=0.04, linewidth=0)
+    for budget in sorted({section["thinking_budget"] for section in sections.values()}):
+        axes.axvline(budget, color="0.4", linewidth=1, linestyle=":")
+        axes.text(budget, 0.985, " training budget", color="0.4", fontsize=8, va="top")
+    axes.plot([], [], "--", color="0.4", label="thinking forced to go on")
+    axes.fill_between([], [], color="0.4", alpha=0.12, linewidth=0, label="regret: what an oracle is ahead")
+    axes.set(xlabel="thinking budget b, tokens", ylabel="accuracy of an answer forced at b, J(b)", ylim=(0, 1))
+    axes.margins(x=0.01)
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,160 @@
+"""Checkpoint folders in the Hugging Face layout: safetensors and JSON, nothing that could run code.
+
+    config.json  model.safetensors  tokenizer.json  tokenizer_config.json  generation_config.json
+    optimizer.safetensors  trainer.json      what an interrupted run needs besides the weights
+    manifest.json                            SHA-256 of every file above
+
+A folder is written under another name, flushed to the disk and renamed, so a checkpoint that has its name is whole. The
+manifest catches what happens to it later. `newest` passes over a damaged one, says so, and takes the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanomrt.model import Llama, ModelConfig
+from nanomrt.tokenizer import Tokenizer
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def save(folder: Path, model: Llama, tokenizer: Tokenizer, generation: dict, optimizer: torch.optim.Optimizer | None = None,
+         state: dict | None = None) -> None:
+    """Write a checkpoint, all of it or none. `state` is JSON: step, counters, whatever `load_training` should return."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # the same tensor as the embedding; Hugging Face leaves it out too
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(aside / "tokenizer.json")
+    _write_json(aside / "config.json", to_hf(model.config))
+    _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                  "model_max_length": model.config.max_position_embeddings})
+    _write_json(aside / "generation_config.json", generation)
+    if optimizer is not None:
+        save_file(_flatten(optimizer), aside / "optimizer.safetensors")
+    _write_json(aside / "trainer.json", state or {})
+    _write_json(aside / "manifest.json", {path.name: _digest(path) for path in sorted(aside.iterdir())})
+    for path in (*aside.iterdir(), aside):
+        _flush(path)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    aside.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "manifest.json is missing or unreadable"
+    for name, digest in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def newest(checkpoints: Path) -> Path:
+    """The newest good checkpoint among step-… folders; names every damaged one on stderr. Raises FileNotFoundError."""
+    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        print(f"warning: checkpoint {folder} is damaged ({problem}); using the one before", file=sys.stderr)
+    raise FileNotFoundError(f"no good checkpoint in {checkpoints}: train first, with python train.py config/small.py")
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> Llama:
+    """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises ValueError naming a key
+    that is not supported, FileNotFoundError when a file is missing."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name}")
+    model = Llama(from_hf(json.loads((folder / "config.json").read_text())))
+    weights = load_file(folder / "model.safetensors")
+    if model.config.tie_word_embeddings:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model.to(device)
+
+
+def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore the optimiser in place and return the saved state."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    template = optimizer.state_dict()
+    template["state"] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        template["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(template)
+    return json.loads((folder / "trainer.json").read_text())
+
+
+def to_hf(config: ModelConfig) -> dict:
+    """The config under Hugging Face's keys. Norms on q and k make it a Qwen3, biases a Qwen2, otherwise it is a Llama."""
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
+    shape = {name: value for name, value in asdict(config).items() if name != "qk_norm"}
+    return {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_act": "silu", "torch_dtype": "float32",
+            **shape}
+
+
+def from_hf(config: dict) -> ModelConfig:
+    """Read Hugging Face's keys. Raises ValueError for what this model does not do."""
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type={kind!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"RoPE scaling {rope} is not supported: only plain rotary positions are")
+    if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
+        raise ValueError("a Llama with attention_bias or mlp_bias is not supported: it has a bias on o_proj or in the MLP")
+    if config.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not supported")
+    heads = config["num_attention_heads"]
+    return ModelConfig(
+        vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"], num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        max_position_embeddings=config["max_position_embeddings"],
+        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6), tie_word_embeddings=config.get("tie_word_embeddings", False),
+        attention_bias=kind == "qwen2" or bool(config.get("attention_bias")), qk_norm=kind == "qwen3")
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """'<parameter index>.<state name>' -> tensor."""
+    return {f"{index}.{key}": value.cpu().contiguous() for index, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,207 @@
+"""A run's folder and its life: command line, state, records, checkpoints, interruption.
+
+    out/<run>/config.json  metrics.jsonl  samples.jsonl  checkpoints/step-000020/ …  figures/  traces.html  summary.json
+
+The state that a resumed run needs is small: the step, the counters below, weights and optimiser. Random numbers need no
+state, because each stage of each step derives its own generator from (seed, stage, step).
+"""
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from nanomrt import checkpoint, report
+from nanomrt.config import RunConfig, UserError, describe, load_config, parse_overrides, read_config, run_name, save_config
+from nanomrt.model import Llama
+from nanomrt.rollout import Collected
+
+USAGE = "usage: python train.py config/small.py [--key=value …] [--resume] [--force]"
+
+
+def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
+    """A generator that depends on nothing but these three."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def choose_device(config: RunConfig) -> str:
+    """The device of a run; on a CPU it says so in one line."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch sees no GPU: use --device=cpu")
+    if device == "cpu":
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        print(f"no GPU in use: running in fp32 on {torch.get_num_threads()} CPU threads")
+    return device
+
+
+class Run:
+    """Where a run stands, and everything it writes down."""
+
+    def __init__(self, config: RunConfig, folder: Path, device: str):
+        self.config, self.folder, self.device = config, folder, device
+        self.step = 0  # finished RL steps
+        self.ledger = {"trace": 0, "fork": 0, "update": 0}  # tokens: sampled, sampled in forced answers, trained on
+        self.seconds = {"warm_start": 0.0, "trace": 0.0, "fork": 0.0, "update": 0.0, "evaluation": 0.0}
+        self.skipped, self.skipped_in_a_row = 0, 0  # updates left out for a non-finite gradient
+        self.interrupted = False
+        self._saved = 0  # the step of the last checkpoint; step 0 is the warm start
+        self._before = dict(self.seconds)  # at the end of the last step
+        self._began, self._first_step = time.perf_counter(), 0
+
+    # --- Beginning ---
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def begin(self, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
+        """Start afresh, or load the newest good checkpoint into `model` and `optimizer` and drop what came after it."""
+        newest = self._newest() if resume else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.folder / "config.json")
+        if newest:
+            model.load_state_dict(checkpoint.load_model(newest, self.device).state_dict())
+            state = checkpoint.load_training(newest, optimizer)
+            self.step, self.ledger, self.seconds = state["step"], state["ledger"], state["seconds"]
+            self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                report.truncate_jsonl(self.folder / name, self.step)
+            print(f"resumed after step {self.step} from {newest}")
+        else:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            report.append_jsonl(self.folder / "metrics.jsonl", provenance(self))
+        self._saved, self._first_step, self._began, self._before = self.step, self.step, time.perf_counter(), dict(self.seconds)
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to resume from; None if the run was stopped before it had one."""
+        try:
+            return checkpoint.newest(self.checkpoints)
+        except FileNotFoundError:
+            print("no good checkpoint yet: beginning again from the warm start")
+            return None
+
+    def _interrupt(self, *_) -> None:
+        if self.interrupted:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step; press Ctrl-C again to stop at once and lose it", flush=True)
+
+    # --- A step ---
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall clock of a block to `seconds[stage]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+    def accept_gradient(self, norm: float) -> bool:
+        """Whether to take the optimiser's step. Raises UserError at the third non-finite gradient in a row."""
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == 3:
+            raise UserError(f"three gradients in a row were not finite at step {self.step + 1}: lower learning_rate. The last "
+                            f"good checkpoint is kept: {self.checkpoints}")
+        print(f"warning: skipped an update at step {self.step + 1}: its gradient norm is {norm}", file=sys.stderr)
+        return False
+
+    def record(self, collected: Collected, learned: dict[str, float]) -> None:
+        """Count a finished step: its row in metrics.jsonl and its line on the screen."""
+        self.step += 1
+        self.ledger["trace"] += collected.trace_tokens
+        self.ledger["fork"] += collected.fork_tokens
+        for stage, spent in collected.seconds.items():
+            self.seconds[stage] += spent
+        spent = {f"seconds_{stage}": self.seconds[stage] - self._before[stage] for stage in ("trace", "fork", "update")}
+        row = {"step": self.step, **collected.metrics(), **learned, "skipped": self.skipped,
+               **{f"{name}_tokens": count for name, count in self.ledger.items()}, **spent}
+        self._before = dict(self.seconds)
+        report.append_jsonl(self.folder / "metrics.jsonl", row)
+        pace = (time.perf_counter() - self._began) / (self.step - self._first_step)
+        print(report.step_line(row, self.config.steps, (self.config.steps - self.step) * pace), flush=True)
+
+    def show(self, example: dict) -> None:
+        """Print a rollout, episode by episode, and keep it in samples.jsonl."""
+        example = {"step": self.step, **example}
+        report.append_jsonl(self.folder / "samples.jsonl", example)
+        print(report.show_rollout(example), flush=True)
+
+    def write_json(self, name: str, value: dict) -> None:
+        """Write a file of the run's folder, whole or not at all."""
+        aside = self.folder / f".{name}.partial"
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.replace(self.folder / name)
+
+    def save(self, model: Llama, tokenizer, generation: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint of this step, unless there is one."""
+        if self._saved == self.step:
+            return
+        state = {"step": self.step, "ledger": self.ledger, "seconds": self.seconds, "skipped": self.skipped,
+                 "skipped_in_a_row": self.skipped_in_a_row}
+        checkpoint.save(self.checkpoints / f"step-{self.step:06d}", model, tokenizer, generation, optimizer, state)
+        self._saved = self.step
+
+
+def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
+    """argv -> config, run folder, flags. Refuses to overwrite a run: --resume goes on with it."""
+    if not argv or "--help" in argv or "-h" in argv:
+        print(f"{USAGE}\n\nKeys, with their types, defaults and meanings:\n{describe()}")
+        raise SystemExit(0 if argv else 2)
+    flags = {word for word in argv if word in ("--resume", "--force")}
+    path, *rest = [word for word in argv if word not in flags]
+    try:
+        overrides = parse_overrides(rest)
+        config = load_config(path, overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = Path(config.out_dir) / run_name(path, overrides)
+    saved = folder / "config.json"
+    if "--resume" in flags:
+        if not saved.is_file():
+            raise UserError(f"nothing to resume in {folder}: run the same command without --resume")
+        changed = [name for name, value in asdict(read_config(saved)).items()
+                   if value != getattr(config, name) and name not in ("device", "threads", "out_dir")]
+        if changed:
+            raise UserError(f"{path} has changed since {folder} began ({', '.join(changed)}): restore it, or start a new run")
+    elif saved.is_file():
+        raise UserError(f"{folder} exists: add --resume to go on with it, or remove it to start again")
+    return config, folder, flags
+
+
+def commit() -> str:
+    """The commit of this checkout, marked when files differ from it; '' outside a repository."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        return ""
+
+
+def provenance(run: Run) -> dict:
+    """What made a run's numbers."""
+    if run.device == "cuda":
+        device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"config": asdict(run.config), "commit": commit(), "device": device, "peak_memory_bytes": memory,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}

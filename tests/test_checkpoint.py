@@ -1,0 +1,114 @@
+"""Checkpoints: whole or absent, damage is found, nothing but safetensors and JSON, Hugging Face's keys both ways."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanomrt import checkpoint
+from nanomrt.model import Llama
+
+
+def same(a: Llama, b: Llama) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def step(model: Llama, optimizer: torch.optim.Optimizer) -> None:
+    """One update with a gradient that depends on nothing but the parameters."""
+    optimizer.zero_grad()
+    sum((p**3).sum() + p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("variant", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}, {"qk_norm": True}])
+def test_weights_and_config_survive(tmp_path, config, task, variant):
+    """A model read back is the same function, for each architecture that the config can name."""
+    model = Llama(replace(config, **variant)).initialise(torch.Generator().manual_seed(1))
+    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {"eos_token_id": task.stop})
+    loaded = checkpoint.load_model(tmp_path / "step-000001")
+    assert loaded.config == model.config
+    assert same(loaded, model)
+
+
+def test_the_folder_is_what_hugging_face_expects(tmp_path, model, task):
+    checkpoint.save(tmp_path / "a", model, task.tokenizer, {"eos_token_id": task.stop})
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    written = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["num_key_value_heads"] == 2
+
+
+def test_the_optimiser_goes_on_bit_for_bit(tmp_path, model, config, task):
+    """Two steps in a row equal one step, save, load, one step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    step(model, optimizer)
+    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {}, optimizer, {"step": 1})
+    step(model, optimizer)
+
+    loaded = checkpoint.load_model(tmp_path / "step-000001")
+    resumed = torch.optim.AdamW(loaded.parameters(), lr=1e-2, fused=True)
+    assert checkpoint.load_training(tmp_path / "step-000001", resumed) == {"step": 1}
+    step(loaded, resumed)
+    assert same(loaded, model)
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path, model, task):
+    for _ in range(2):
+        checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("hurt, message", [
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "not what was written"),
+    (lambda f: (f / "optimizer.safetensors").unlink(), "missing"),
+    (lambda f: (f / "manifest.json").write_text("{"), "unreadable"),
+])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, model, task, capsys, hurt, message):
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    for name in ("step-000001", "step-000002"):
+        checkpoint.save(tmp_path / name, model, task.tokenizer, {}, optimizer)
+    hurt(tmp_path / "step-000002")
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-000001"
+    warning = capsys.readouterr().err
+    assert "step-000002" in warning and message in warning
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, model, task, monkeypatch):
+    """Whatever moment the process dies at, the folder that has its name is whole."""
+    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {})
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_flush", die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "step-000002", model, task.tokenizer, {})
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-000001"
+
+
+def test_without_a_good_checkpoint_the_error_names_the_fix(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train first"):
+        checkpoint.newest(tmp_path)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gpt2"}, "gpt2"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+])
+def test_unsupported_models_are_refused_by_name(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.from_hf(checkpoint.to_hf(config) | change)
+
+
+def test_hugging_face_configs_are_understood(config):
+    """Old and new places of rope_theta, and the defaults that Hugging Face leaves out."""
+    raw = checkpoint.to_hf(config)
+    del raw["rope_theta"], raw["head_dim"]
+    read = checkpoint.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert read.rope_theta == 5e5 and read.head_dim == config.hidden_size // config.num_attention_heads

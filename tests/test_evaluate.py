@@ -1,0 +1,226 @@
+"""The evaluation against a scripted policy whose every answer is known, and its command line against a real checkpoint."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import evaluate
+from data.countdown import Problem
+from evaluate import (
+    answer_text,
+    budget_figure,
+    budget_grid,
+    distinct,
+    evaluate_policy,
+    sample_chunk,
+    summary_table,
+    thinking_tokens,
+)
+from nanomrt import checkpoint
+from nanomrt.config import RunConfig, save_config
+from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.run import UserError, generator_for
+
+RUN = RunConfig(thinking_budget=36, eval_budget=54, eval_samples=2, trace_max_attempts=4, eval_problems=3, device="cpu")
+GRID = [0, 9, 18, 27, 36, 54]  # an attempt takes 9 tokens
+SOLVED, UNSOLVED = Problem((3, 7, 4), 25), Problem((3, 7, 5), 25)
+
+
+class Scripted:
+    """Thinks `closes` tokens of <try>, then answers: with (3 * 7) + 4 after at least `ready` of them, else with rubbish.
+
+    The next token depends on the last token and its position only; hidden states are one-hot logits.
+    """
+
+    config = SimpleNamespace(max_position_embeddings=256)
+
+    def __init__(self, task, closes: int, ready: int):
+        self.task, self.closes, self.ready = task, closes, ready
+        self.head = torch.eye(len(task.tokenizer))  # (V,V)
+        words = "( 3 * 7 ) + 4 </answer>".split()
+        self.after = dict(zip(words, words[1:])) | {"</think>": "<answer>", "-": "</answer>"}
+
+    def next_word(self, word: str, position: int) -> str:
+        done = position - 6  # tokens of the response up to here; a prompt takes 7
+        if word in self.after:
+            return self.after[word]
+        if word == "<answer>":
+            return "(" if done - 2 >= self.ready else "-"
+        return "<try>" if done < self.closes else "</think>"
+
+    def __call__(self, tokens, positions, attend):
+        empty = torch.zeros(len(tokens), 1, 2)
+        attend(0, empty, empty, empty)  # fills the cache
+        words = [self.task.tokenizer.decode([token]) for token in tokens.tolist()]
+        following = [self.task.tokenizer.id(self.next_word(*pair)) for pair in zip(words, positions.tolist())]
+        return 100 * self.head[following]
+
+
+def section_of(task, closes: int, ready: int, config: RunConfig = RUN) -> dict:
+    return evaluate_policy(Scripted(task, closes, ready), task, [SOLVED, UNSOLVED], config, 0)
+
+
+def values(curve: list[dict]) -> list[float]:
+    return [row["J"]["value"] for row in curve]
+
+
+def test_a_policy_that_solves_one_of_two_problems_after_15_tokens_and_stops_at_20(task):
+    section = section_of(task, closes=20, ready=15)
+    assert section["accuracy"] == {"value": 0.5, "low": 0.0, "high": 1.0}
+    assert section["tokens_per_correct"]["value"] == 60  # 20 of thinking, 10 of answer, half are right
+    assert section["mean_thinking_tokens"] == {"value": 20, "low": 20, "high": 20}
+    assert {k: leaf["value"] for k, leaf in section["pass_at_k"].items()} == {"1": 0.5, "2": 0.5}
+    assert section["maj_at_k"]["2"]["value"] == 0.5
+    assert [row["budget"] for row in section["budget_curve"]] == GRID
+    assert values(section["budget_curve"]) == values(section["extrapolation"]) == [0, 0, 0.5, 0.5, 0.5, 0.5]
+    assert [row["tokens"] for row in section["budget_curve"]] == [min(b, 20) + 10 for b in GRID]  # it stops by itself
+    assert [row["tokens"] for row in section["extrapolation"]] == [b + 10 for b in GRID]  # it is kept from stopping
+    regret = {h: leaf["value"] for h, leaf in section["regret"].items()}
+    assert regret == pytest.approx({"18": 1 - 2.25 / 18, "36": 1 - 11.25 / 36, "54": 1 - 20.25 / 54})
+    assert (section["problems"], section["samples"], section["thinking_budget"]) == (2, 2, 36)
+
+
+def test_extrapolation_reaches_answers_that_a_policy_which_stops_early_does_not(task):
+    section = section_of(task, closes=20, ready=30)
+    assert values(section["budget_curve"]) == [0] * 6
+    assert values(section["extrapolation"]) == [0, 0, 0, 0, 0.5, 0.5]
+    assert section["tokens_per_correct"]["value"] == math.inf
+    assert section["regret"]["54"]["value"] == 1
+
+
+def test_a_rollout_that_is_over_the_training_budget_scores_0_but_its_budget_curve_goes_on(task):
+    in_time = section_of(task, closes=36, ready=30)  # its last token is the last one that training allows
+    assert in_time["accuracy"]["value"] == 0.5 and in_time["tokens_per_correct"]["value"] == 92
+    late = section_of(task, closes=37, ready=30)
+    assert late["accuracy"]["value"] == 0 and late["maj_at_k"]["2"]["value"] == 0
+    assert late["mean_thinking_tokens"]["value"] == 37
+    assert values(late["budget_curve"]) == [0, 0, 0, 0, 0.5, 0.5]
+    endless = section_of(task, closes=1000, ready=50)
+    assert endless["mean_thinking_tokens"]["value"] == 46  # cut off
+    assert values(endless["budget_curve"]) == [0, 0, 0, 0, 0, 0.5]
+
+
+def test_what_a_late_rollout_did_after_the_cut_counts_nowhere(task):
+    late = sample_chunk(Scripted(task, 37, 30), task, [SOLVED], RUN, GRID, generator_for(0, "test", 0))
+    assert late["right"].tolist() == [0, 0] and late["vote"].tolist() == ["", ""]
+    assert late["tokens"].tolist() == [46, 46]  # not 47
+
+
+def test_the_grid_ends_at_the_largest_budget(task):
+    assert budget_grid(task, RUN) == GRID
+    assert budget_grid(task, RunConfig(thinking_budget=36, eval_budget=40, trace_max_attempts=4)) == [0, 9, 18, 27, 36, 40]
+    assert budget_grid(task, RunConfig(thinking_budget=45, eval_budget=36, trace_max_attempts=4)) == [0, 9, 18, 27, 36, 45]
+    assert budget_grid(task, RunConfig()) == [9 * n for n in evaluate.ATTEMPTS]
+
+
+def test_where_thinking_ends_and_what_is_voted_for(task):
+    encode = task.tokenizer.encode
+    assert thinking_tokens(task, encode("<try> 3 yes </think> <answer> 3 </answer>")) == 3
+    assert thinking_tokens(task, encode("<try> 3 no")) == 3  # cut off
+    assert thinking_tokens(task, encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
+    assert answer_text(task, encode("</think> <answer> 3 <answer> 3 + 4 </answer>")) == "3 + 4 </answer>"
+    assert answer_text(task, encode("</think> <answer> 3 + 4")) == answer_text(task, encode("<try> </answer>")) == ""
+
+
+# --- A random policy ---
+
+
+def test_a_long_rollout_cut_at_the_training_budget_is_a_training_rollout(task, model):
+    short = training_sampling(task, RUN)
+    long = replace(short, max_new_tokens=RUN.eval_budget + 10)
+    problems = task.problems("test", 8, 0)
+    cut, whole = (roll_out(model, task, problems, 2, sampling, generator_for(0, "test", 0)) for sampling in (short, long))
+    assert [cut.response(row) for row in range(16)] == [whole.response(row)[:46] for row in range(16)]
+
+
+def test_both_passes_share_their_random_numbers_until_thinking_is_closed(task, model):
+    chunk = sample_chunk(model, task, task.problems("test", 16, 0), RUN, GRID, generator_for(0, "test", 0))
+    assert (chunk["spent_on"] >= chunk["spent"]).all()  # forced to go on, a rollout never thinks less
+    assert (chunk["spent_on"] > chunk["spent"]).any()
+    assert chunk["J"].shape == chunk["J_on"].shape == (32, len(GRID))
+
+
+def test_evaluation_is_a_function_of_its_seed_and_leaves_global_randomness_alone(task, model, monkeypatch):
+    problems = task.problems("test", 4, 0)
+    before = torch.get_rng_state()
+    first = evaluate_policy(model, task, problems, RUN, "a")
+    assert evaluate_policy(model, task, problems, RUN, "a") == first
+    assert evaluate_policy(model, task, problems, RUN, "b") != first
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(evaluate, "ROWS", 4)  # two chunks of two problems
+    seen = []
+    chunked = evaluate_policy(model, task, problems, RUN, "a", lambda chunks: seen.extend(chunks) or chunks)
+    assert seen == [0, 2] and chunked["problems"] == 4
+
+
+def test_an_evaluation_of_nothing_is_an_error(task, model):
+    with pytest.raises(ValueError, match="at least one problem"):
+        evaluate_policy(model, task, [], RUN, 0)
+
+
+def test_distinct_problems_have_distinct_keys_and_run_out(task):
+    some = distinct(task, "test", 20, "eval")
+    assert len({problem.key for problem in some}) == 20
+    assert all(task.split_of(problem) == "test" for problem in some)
+    assert distinct(task, "test", 10, "eval") == distinct(task, "test", 10, "eval")
+    everything = distinct(task, "test", 2000, "eval")
+    assert 20 < len(everything) < 2000
+
+
+# --- Table, figure, command line ---
+
+
+@pytest.fixture
+def run(tmp_path, task, model):
+    folder = tmp_path / "small"
+    checkpoint.save(folder / "checkpoints" / "step-000002", model, task.tokenizer, {})
+    save_config(RUN, folder / "config.json")
+    return folder
+
+
+def test_command_line_writes_test_and_ood_keeps_the_rest_and_draws(run, task, capsys):
+    kept = {"warm_start": section_of(task, 20, 15), "seconds": {"trace": 1.5}, "test": "old"}
+    (run / "summary.json").write_text(json.dumps(kept))
+    assert evaluate.main([str(run)]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["seconds"] == kept["seconds"] and summary["warm_start"] == kept["warm_start"]
+    assert summary["test"]["problems"] == summary["ood"]["problems"] == 3
+    shown = capsys.readouterr().out
+    assert "0.500 [0.000 1.000]" in shown and str(run / "figures" / "budget.png") in shown
+    assert (run / "figures" / "budget.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "figures", "summary.json"]
+    again = run.parent / "again.png"
+    assert evaluate.main([str(run), str(run), "--figure", str(again)]) == 0 and again.is_file()
+    assert json.loads((run / "summary.json").read_text()) == summary  # the same problems, the same samples
+
+
+def test_user_mistakes_name_the_fix(run, tmp_path):
+    with pytest.raises(UserError, match="no config.json; train one with python train.py"):
+        evaluate.main([str(run), str(tmp_path / "nothing")])
+    assert not (run / "summary.json").exists()  # nothing was evaluated before the complaint
+    (run / "checkpoints" / "step-000002" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no good checkpoint"):
+        evaluate.main([str(run)])
+
+
+def test_table_has_a_line_per_section_and_a_column_per_horizon(task):
+    section = section_of(task, 20, 15)
+    other = section_of(task, 20, 15, RunConfig(thinking_budget=54, eval_budget=54, eval_samples=2, trace_max_attempts=4))
+    mrt, grpo = {"warm_start": section, "test": section, "seconds": 1}, {"ood": other}
+    lines = summary_table({"mrt": mrt, "grpo": grpo}).splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "mrt", "mrt", "grpo"]
+    assert [line.split()[1] for line in lines] == ["problems", "warm_start", "test", "ood"]
+    assert lines[0].endswith("regret to 54")
+    assert {line.index("0.500 [") for line in lines[1:]} == {lines[0].index("accuracy")}  # fixed width
+    assert "27" in lines[0] and " - " in lines[1]  # a horizon that only the other run has
+
+
+def test_figure_overlays_many_runs(task, tmp_path):
+    section = section_of(task, 20, 15)
+    path = tmp_path / "new" / "figure.png"
+    budget_figure(path, {f"run {i}": section for i in range(9)})
+    assert path.stat().st_size > 10_000

@@ -1,0 +1,517 @@
+"""The sampler: whatever is cached, shared, forked, swapped or stopped early, every row equals the row computed from scratch."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.countdown import Countdown
+from nanomrt.model import Llama, Packed
+from nanomrt.rollout import Rollouts, boundaries, branch, continue_from, force_answers, roll_out
+from nanomrt.sampler import EMPTY, Branches, Samples, Sampling, Segments, draw, generate, prefill, truncate
+
+PROMPT_LENGTHS = (7, 1, 12, 3, 5)
+
+
+@pytest.fixture
+def model(config) -> Llama:
+    """A small Llama with large embeddings and a head of its own: what it says depends on the context and is far from uniform."""
+    model = Llama(replace(config, tie_word_embeddings=False)).initialise(generator(0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)
+        model.lm_head.weight.mul_(15)
+    return model
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_rows(lengths: Sequence[int], seed: int = 0, V: int = 117) -> list[list[int]]:
+    return [torch.randint(1, V, (n,), generator=generator(seed + i)).tolist() for i, n in enumerate(lengths)]
+
+
+def fork(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Sequence[Sequence[int]], sampling: Sampling,
+         seed: int = 0, forced: Sequence[Sequence[int]] | None = None) -> Samples:
+    """Branch row r from segment[r] after contexts[r], with forced tokens."""
+    return branch(model, prefix, segment, contexts, forced or [[]] * len(segment), sampling, generator(seed))
+
+
+def whole(samples: Samples, contexts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Each row's context and tokens as one sequence."""
+    return [[*context[:start], *row] for context, start, row in
+            zip(contexts, samples.branches.position.tolist(), samples.rows(), strict=True)]
+
+
+@torch.no_grad()
+def logps(model: Llama, rows: Sequence[Sequence[int]], temperature: float = 1.0) -> list[Tensor]:
+    """From scratch, no cache: for each row (T,V), log-probabilities of the token *after* each position."""
+    packed = Packed.of(torch.tensor([len(row) for row in rows]))
+    hidden = model(torch.tensor([token for row in rows for token in row]), packed.position_ids, packed)
+    return list((hidden @ model.head.T / temperature).log_softmax(-1).split([len(row) for row in rows]))
+
+
+def assert_rescored(model: Llama, samples: Samples, rows: Sequence[list[int]], temperature: float = 1.0) -> None:
+    """Recorded log-probs are those of the whole sequence scored from scratch, and 0 wherever nothing was sampled."""
+    for r, (row, table) in enumerate(zip(rows, logps(model, rows, temperature), strict=True)):
+        start, length = int(samples.branches.position[r]), int(samples.lengths[r])
+        assert len(row) == start + length and row[start:] == samples.tokens[r, :length].tolist()
+        for t in range(samples.tokens.shape[1]):
+            if samples.is_action[r, t]:
+                assert abs(samples.logprobs[r, t] - table[start + t - 1, row[start + t]]) < 1e-5
+            else:
+                assert samples.logprobs[r, t] == 0
+
+
+def checksum(*parts) -> list:
+    return [(x.clone(), x._version) for part in parts for x in (part.keys, part.values, part.positions)]
+
+
+def unchanged(before: list, *parts) -> bool:
+    now = [x for part in parts for x in (part.keys, part.values, part.positions)]
+    return all(torch.equal(copy, x) and version == x._version for (copy, version), x in zip(before, now, strict=True))
+
+
+# --- Cached equals uncached ---
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_recorded_logprobs_are_those_of_the_scored_distribution(model, temperature):
+    """Ragged prompts, several branches each: sampling with a cache records what a packed forward pass scores."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i for i in range(len(prompts)) for _ in range(4)]
+    contexts = [prompts[i] for i in owner]
+    samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(20, (5, 6, 7), temperature))
+    assert_rescored(model, samples, whole(samples, contexts), temperature)
+    assert samples.generated > 100 and len(set(map(tuple, samples.rows()))) > 15
+
+
+def test_greedy_is_the_argmax_of_rescoring(model):
+    """Temperature 0 takes the likeliest token of the whole context at each step."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    samples = fork(model, prefill(model, prompts), range(5), prompts, Sampling(15, (5,), 0.0))
+    for row, table, prompt in zip(whole(samples, prompts), logps(model, whole(samples, prompts)), prompts, strict=True):
+        assert row[len(prompt) :] == table.argmax(-1)[len(prompt) - 1 : -1].tolist()
+    assert_rescored(model, samples, whole(samples, prompts))
+
+
+def test_a_row_of_a_ragged_batch_is_the_row_alone(model):
+    """Neither other prompts nor their lengths change what a row says."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    sampling = Sampling(15, (5,), 0.0)
+    together = fork(model, prefill(model, prompts), range(5), prompts, sampling)
+    for r, prompt in enumerate(prompts):
+        alone = fork(model, prefill(model, [prompt]), [0], [prompt], sampling)
+        assert alone.rows()[0] == together.rows()[r]
+
+
+def test_the_order_of_prompts_and_branches_does_not_matter(model):
+    """Shuffled segments and interleaved branches give the same greedy rows."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner, order = [2, 0, 2, 4, 1, 3, 0, 2], [3, 1, 4, 0, 2]
+    sampling = Sampling(10, (5,), 0.0)
+    a = fork(model, prefill(model, prompts), owner, [prompts[i] for i in owner], sampling)
+    b = fork(model, prefill(model, [prompts[i] for i in order]), [order.index(i) for i in owner],
+             [prompts[i] for i in owner], sampling)
+    assert a.rows() == b.rows()
+
+
+def test_prefill_keeps_each_token_once(model):
+    """Positions 0 … n-1 of each prompt, EMPTY behind them."""
+    segments = prefill(model, random_rows((3, 1, 4)))
+    E = EMPTY
+    assert segments.positions.tolist() == [[0, 1, 2, E], [0, E, E, E], [0, 1, 2, 3]]
+    assert segments.keys.shape == segments.values.shape == (2, 3, 2, 4, 8)
+
+
+# --- Forks ---
+
+
+def traces(model: Llama) -> tuple[Samples, list[list[int]]]:
+    """45 ragged traces, of which most stop early, so that rows have been moved in the cache. Also their whole sequences."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i for i in range(len(prompts)) for _ in range(9)]
+    contexts = [prompts[i] for i in owner]
+    samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(24, tuple(range(40, 52)), 1.0), seed=1)
+    assert samples.cache.live < len(owner) and samples.cache.row.tolist() != list(range(len(owner)))  # rows were moved
+    assert samples.stopped.any() and not samples.stopped.all()
+    return samples, whole(samples, contexts)
+
+
+def cuts(samples: Samples, rows: list[list[int]]) -> tuple[list[int], list[int]]:
+    """(row, position) of every third place of every trace up to where its cache ends: after its last fed token."""
+    places = [(r, p) for r, row in enumerate(rows) for p in range(1 + r % 3, len(row) + 1 - int(samples.stopped[r]), 3)]
+    return [r for r, _ in places], [p for _, p in places]
+
+
+@pytest.mark.parametrize("forced", [[], [9], [9, 10, 11]], ids=["nothing forced", "one forced", "three forced"])
+def test_a_fork_equals_flat_scoring(model, forced):
+    """Branches at many positions of many traces score as from scratch, and do not touch what they branch from."""
+    samples, rows = traces(model)
+    parent = samples.segments()
+    row, position = cuts(samples, rows)
+    contexts = [rows[r][:p] for r, p in zip(row, position, strict=True)]
+    before = checksum(parent, samples.prefix)
+    children = fork(model, parent, row, contexts, Sampling(6, (5,), 1.0), seed=2, forced=[forced] * len(row))
+    sequences = whole(children, contexts)
+    for sequence, context in zip(sequences, contexts, strict=True):
+        assert sequence[: len(context) + len(forced)] == context + forced
+    assert_rescored(model, children, sequences)
+    assert unchanged(before, parent, samples.prefix)
+    for mine, again in zip(before, checksum(samples.segments()), strict=False):
+        assert torch.equal(mine[0], again[0])  # nor the cache that the parent was made from
+
+
+def test_branches_of_branches_of_branches(model):
+    """segments() of branches are segments again: a third and a fourth generation score as from scratch."""
+    samples, rows = traces(model)
+    for depth in range(3):
+        row, position = (x[depth::5] for x in cuts(samples, rows))
+        contexts = [rows[r][:p] for r, p in zip(row, position, strict=True)]
+        forced = [[9, 10, 11][: i % 4] for i in range(len(row))]  # ragged
+        parent = samples.segments()
+        before = checksum(parent)
+        samples = fork(model, parent, row, contexts, Sampling(8, tuple(range(40, 52)), 1.0), seed=depth, forced=forced)
+        rows = whole(samples, contexts)
+        assert_rescored(model, samples, rows)
+        assert unchanged(before, parent)
+
+
+def test_segments_hold_each_context_exactly(model):
+    """Keys and values of a row's segment, in order of position, are those of a prefill of its whole sequence."""
+    samples, rows = traces(model)
+    segments, fresh = samples.segments(), prefill(model, rows)
+    for r, row in enumerate(rows):
+        known = len(row) - int(samples.stopped[r])  # a stop token is never fed
+        filled = (segments.positions[r] < EMPTY).nonzero().squeeze(1)
+        assert segments.positions[r][filled].tolist() == list(range(known))
+        for mine, exact in ((segments.keys, fresh.keys), (segments.values, fresh.values)):
+            torch.testing.assert_close(mine[:, r, :, filled], exact[:, r, :, :known], atol=1e-5, rtol=1e-4)
+
+
+# --- Forced tokens, stopping, lengths ---
+
+
+def test_forced_tokens_are_never_actions(model):
+    """Ragged forced tokens: context without a log-prob, not counted as generated, and each row still draws its full share."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    forced = [[9], [9, 10, 11, 12], [9, 10], [9, 10, 11], [12]]
+    samples = fork(model, prefill(model, prompts), range(5), prompts, Sampling(7, ()), forced=forced)
+    assert samples.generated == 5 * 7 == int(samples.is_action.sum())
+    for r, given in enumerate(forced):
+        assert samples.rows()[r][: len(given)] == given
+        assert samples.is_action[r].tolist() == [len(given) <= t < len(given) + 7 for t in range(samples.tokens.shape[1])]
+        assert samples.lengths[r] == len(given) + 7 and not samples.stopped[r]
+        assert (samples.logprobs[r][samples.is_action[r]] < 0).all()
+    assert_rescored(model, samples, whole(samples, prompts))
+
+
+def test_a_forced_stop_token_does_not_stop(model):
+    """Only what the policy says ends a row."""
+    prompts = random_rows((4, 6))
+    samples = fork(model, prefill(model, prompts), range(2), prompts, Sampling(5, (9,), 0.0), forced=[[9], [3, 9]])
+    assert (samples.lengths - torch.tensor([1, 2]) >= 1).all()
+    for row, given in zip(samples.rows(), ([9], [3, 9]), strict=True):
+        assert row[: len(given)] == given and 9 not in row[len(given) : -1]
+
+
+@pytest.mark.parametrize("stop_ids", [(0,), (0, 30, 31, 32), tuple(range(20, 60))], ids=len)
+def test_finish_reasons(model, stop_ids):
+    """stopped: the last token, and no other action, is a stop id; not stopped: exactly max_new_tokens actions, none a stop id.
+
+    Id 0 is also what pads the token tensor: the lengths decide what counts, not the value.
+    """
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i % 5 for i in range(60)]
+    contexts = [prompts[i] for i in owner]
+    samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(15, stop_ids, 1.3), seed=3)
+    for r, row in enumerate(samples.rows()):
+        actions = row[1:]  # the first token is the context's last
+        assert samples.tokens[r, len(row) :].eq(0).all() and not samples.is_action[r, len(row) :].any()
+        assert not set(actions[:-1]) & set(stop_ids)
+        assert bool(samples.stopped[r]) == (actions[-1] in stop_ids)
+        assert samples.stopped[r] or len(actions) == 15
+    assert samples.generated == int(samples.lengths.sum()) - 60
+    assert samples.stopped.any() and (len(stop_ids) > 10 or not samples.stopped.all())
+
+
+def test_padding_value_inside_a_row_counts(model):
+    """When 0 is an ordinary token that the policy draws, it is an action like any other and is scored."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i % 5 for i in range(40)]
+    contexts = [prompts[i] for i in owner]
+    samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(20, (0,)), seed=4)
+    freely = fork(model, prefill(model, prompts), owner, contexts, Sampling(20, ()), seed=4)
+    drawn = [row.index(0) for row in freely.rows() if 0 in row[:-1]]
+    assert drawn and all(len(row) == 21 for row in freely.rows())
+    assert_rescored(model, freely, whole(freely, contexts))
+    for stopped, free in zip(samples.rows(), freely.rows(), strict=True):
+        assert stopped == (free[: free.index(0) + 1] if 0 in free else free)
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_smallest_budgets(model, budget):
+    """max_new_tokens = 0 only feeds the forced tokens, and 1 draws one; both can be branched from."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    forced = [[9], [9, 10, 11], [9, 10], [9], [12]]
+    samples = fork(model, prefill(model, prompts), range(5), prompts, Sampling(budget, ()), forced=forced)
+    assert samples.generated == 5 * budget and samples.lengths.tolist() == [len(row) + budget for row in forced]
+    rows = whole(samples, prompts)
+    children = fork(model, samples.segments(), range(5), rows, Sampling(4, ()), forced=[[8]] * 5)
+    assert_rescored(model, children, whole(children, rows))
+
+
+def test_too_long_for_the_context_is_an_error(model):
+    """One token too many raises with both numbers before anything is computed; exactly full works."""
+    prompt = random_rows((56,))
+    room = 256 - 56
+    with pytest.raises(ValueError, match="the context holds 256 tokens, this needs 257: lower the budget or raise"):
+        fork(model, prefill(model, prompt), [0], prompt, Sampling(room + 1, ()))
+    assert len(whole(fork(model, prefill(model, prompt), [0], prompt, Sampling(room, ())), prompt)[0]) == 256
+
+
+# --- Randomness ---
+
+
+def test_the_same_seed_gives_the_same_samples(model):
+    """Bit for bit; another seed gives others; the global generator is not touched."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    state = torch.get_rng_state()
+    a, b, c = (fork(model, prefill(model, prompts), range(5), prompts, Sampling(12, (5,)), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs) and not torch.equal(a.tokens, c.tokens)
+
+
+@pytest.mark.parametrize("stop_ids", [(30,), tuple(range(30, 40)), tuple(range(20, 100))], ids=len)
+def test_a_row_does_not_depend_on_when_others_finish(model, stop_ids):
+    """Rows that leave early are the beginnings of what they say when nobody stops: moving rows in the cache moves no sample."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i % 5 for i in range(48)]
+    contexts, prefix = [prompts[i] for i in owner], prefill(model, prompts)
+    early = fork(model, prefix, owner, contexts, Sampling(20, stop_ids), seed=5)
+    never = fork(model, prefix, owner, contexts, Sampling(20, ()), seed=5)
+    assert never.cache.row.tolist() == list(range(48)) and early.cache.live < 48
+    for a, b, la, lb in zip(early.rows(), never.rows(), early.logprobs, never.logprobs, strict=True):
+        end = next((t + 1 for t, token in enumerate(b) if t and token in stop_ids), len(b))
+        assert a == b[:end]
+        torch.testing.assert_close(la[:end], lb[:end], atol=1e-5, rtol=0)
+
+
+def test_frequencies_of_draw():
+    """4·10^5 draws from eight probabilities at temperature 0.7: chi-square within five standard deviations of its mean."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -1.5, -3.0, 3.0])
+    n = 400_000
+    ids, logprobs = draw(logits.expand(n, -1), torch.rand(n, generator=generator()), Sampling(1, (), 0.7))
+    p = (logits.double() / 0.7).softmax(0)
+    torch.testing.assert_close(logprobs.double(), p.log()[ids], atol=1e-5, rtol=1e-5)
+    chi_square = ((ids.bincount(minlength=8) - n * p) ** 2 / (n * p)).sum()
+    assert chi_square < 7 + 5 * (2 * 7) ** 0.5
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    """p = 1/2, 1/4, 1/4: [0, 1/2) gives 0, [1/2, 3/4) gives 1, [3/4, 1) gives 2."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(6, -1)
+    ids, _ = draw(logits, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 2**-24]), Sampling(1, ()))
+    assert ids.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_ids_of_probability_zero_are_never_drawn():
+    """Not in 10^5 draws, nor with the smallest and largest uniform number, wherever in the vocabulary they lie."""
+    logits = torch.zeros(64)
+    forbidden = torch.tensor([0, 1, 17, 40, 62, 63])
+    logits[forbidden] = -torch.inf
+    uniform = torch.rand(100_000, generator=generator())
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-24, 2**-24])
+    ids, logprobs = draw(logits.expand(len(uniform), -1), uniform, Sampling(1, ()))
+    assert not torch.isin(ids, forbidden).any() and ids.unique().numel() == 58 and logprobs.isfinite().all()
+
+
+TABLE = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.3, 0.05, 0.15, 0.5]])
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", [
+    (0, 1.0, {0.5, 0.3, 0.15, 0.05}), (1, 1.0, {0.5}), (2, 1.0, {0.5, 0.3}), (3, 1.0, {0.5, 0.3, 0.15}),
+    (9, 1.0, {0.5, 0.3, 0.15, 0.05}),  # more than there are
+    (0, 0.01, {0.5}), (0, 0.4, {0.5}), (0, 0.6, {0.5, 0.3}), (0, 0.79, {0.5, 0.3}), (0, 0.9, {0.5, 0.3, 0.15}),
+    (0, 0.99, {0.5, 0.3, 0.15, 0.05}),
+    (2, 0.6, {0.5}),  # of the two that are left, 0.5 / 0.8 = 0.625 suffices
+    (2, 0.7, {0.5, 0.3}),
+])
+def test_truncation(top_k, top_p, kept):
+    """The likeliest k, then the fewest that hold top_p of what is left; the rest has probability 0, in every row's own order."""
+    expected = torch.where(torch.isin(TABLE, torch.tensor(sorted(kept))), TABLE, 0.0)
+    logits, before = TABLE.log(), TABLE.log()
+    cut = truncate(logits, top_k, top_p)
+    torch.testing.assert_close(cut.softmax(-1), expected / expected.sum(1, keepdim=True))
+    assert (cut.softmax(-1) == 0).equal(expected == 0) and torch.equal(logits, before)
+    uniform = torch.rand(4000, generator=generator())
+    ids, logprobs = draw(TABLE[:1].log().expand(4000, -1), uniform, Sampling(1, (), 1.0, top_k, top_p))
+    assert set(TABLE[0, ids.unique()].tolist()) == set(TABLE[0][expected[0] > 0].tolist())
+    torch.testing.assert_close(logprobs, (expected[0] / expected[0].sum()).log()[ids])
+
+
+def test_replace_writes_another_token(model):
+    """(a, b): wherever a would be drawn, b is written and fed on; a stop token replaced so does not stop."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i % 5 for i in range(40)]
+    contexts, prefix = [prompts[i] for i in owner], prefill(model, prompts)
+    plain = Sampling(15, (), 0.0)
+    rows = fork(model, prefix, owner[:5], contexts[:5], plain).rows()
+    common = max(range(117), key=lambda token: sum(row[1:].count(token) for row in rows))
+    replaced = fork(model, prefix, owner[:5], contexts[:5], replace(plain, replace=(common, 3), stop_ids=(common,)))
+    changed = 0
+    for row, other, context in zip(rows, replaced.rows(), contexts, strict=False):
+        first = row[1:].index(common) + 1 if common in row[1:] else len(row)
+        assert other[:first] == row[:first] and common not in other[1:] and len(other) == 16
+        if first < len(row):
+            assert other[first] == 3
+            changed += 1
+        table = logps(model, [[*context, *other[1:]]])[0].argmax(-1)[len(context) - 1 : -1].tolist()
+        assert other[1:] == [3 if token == common else token for token in table]  # what follows, follows from b
+    assert changed
+    assert not replaced.stopped.any()
+
+
+# --- Rollouts ---
+
+
+class Fingerprint(Countdown):
+    """A task whose verdict is a hash of the text, so that a verdict shows which text was judged."""
+
+    def grade(self, problem, response: str) -> float:
+        return (zlib.crc32(f"{problem} {response}".encode()) % 997) / 997
+
+
+@pytest.fixture
+def rollouts(model) -> Rollouts:
+    """40 traces of a talkative model: it often says `<try>`, and sometimes `</think>` and `</answer>`."""
+    task = Fingerprint()
+    with torch.no_grad():
+        model.lm_head.weight[task.open_episode] *= 2
+        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.3
+    problems = task.problems("train", 10, 0)
+    return roll_out(model, task, problems, 4, Sampling(40, (task.stop,), 1.0), generator(3))
+
+
+def test_roll_out(rollouts):
+    """group_size rows per problem, in order: prompt, response, verdict on the response, and the sampler's own record."""
+    task = Fingerprint()
+    problems = task.problems("train", 10, 0)
+    assert rollouts.problems == [problem for problem in problems for _ in range(4)]
+    assert rollouts.prompt_id == [i for i in range(10) for _ in range(4)]
+    for r, problem in enumerate(rollouts.problems):
+        n = rollouts.prompt_length[r]
+        assert rollouts.tokens[r][:n] == task.prompt(problem) and rollouts.response(r) == rollouts.tokens[r][n:]
+        assert rollouts.tokens[r][n - 1 :] == rollouts.samples.rows()[r]  # the prompt's last token starts the sampling
+        assert rollouts.reward[r] == task.grade(problem, task.tokenizer.decode(rollouts.response(r)))
+
+
+def test_batch_is_the_rollouts_laid_flat(rollouts, model):
+    """Row after row; actions are exactly the responses; log-probs are those of scoring from scratch, and 0 on prompts."""
+    batch = rollouts.batch()
+    assert batch.tokens.tolist() == sum(rollouts.tokens, []) and batch.lengths.tolist() == list(map(len, rollouts.tokens))
+    assert batch.prompt_id.tolist() == rollouts.prompt_id and torch.equal(batch.reward, torch.tensor(rollouts.reward))
+    assert batch.finished.tolist() == [row[-1] == Fingerprint().stop for row in rollouts.tokens]
+    assert batch.finished.any() and not batch.finished.all()
+    actions, logprobs = (x.split(batch.lengths.tolist()) for x in (batch.is_action, batch.logprob))
+    for r, (row, table) in enumerate(zip(rollouts.tokens, logps(model, rollouts.tokens), strict=True)):
+        n = rollouts.prompt_length[r]
+        assert actions[r].tolist() == [t >= n for t in range(len(row))]
+        scored = table[:-1].gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs[r][n:], scored[n - 1 :], atol=1e-5, rtol=0)
+        assert (logprobs[r][:n] == 0).all()
+    assert int(batch.is_action.sum()) == rollouts.samples.generated
+
+
+def test_a_continuation_trains_only_what_it_added(rollouts, model):
+    """A trace cut and continued, with or without forced tokens: prompt, kept prefix and forced tokens carry no action."""
+    task = Fingerprint()
+    cut = [n + (len(row) - n) // 2 for n, row in zip(rollouts.prompt_length, rollouts.tokens, strict=True)]
+    contexts = [row[:p] for row, p in zip(rollouts.tokens, cut, strict=True)]
+    forced = [task.forced_stop if r % 2 else [] for r in range(40)]
+    more = continue_from(model, task, rollouts.problems, rollouts.samples.segments(), range(40), contexts, forced,
+                         rollouts.prompt_id, Sampling(9, (task.stop,), 1.0), generator(4))
+    batch = more.batch()
+    actions, logprobs = (x.split(batch.lengths.tolist()) for x in (batch.is_action, batch.logprob))
+    for r, (row, table) in enumerate(zip(more.tokens, logps(model, more.tokens), strict=True)):
+        begin = cut[r] + len(forced[r])
+        assert row[:begin] == contexts[r] + forced[r] and more.prompt_length[r] == rollouts.prompt_length[r]
+        assert actions[r].tolist() == [t >= begin for t in range(len(row))]
+        scored = table[:-1].gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs[r][begin:], scored[begin - 1 :], atol=1e-5, rtol=0)
+        assert (logprobs[r][:begin] == 0).all()
+        assert more.reward[r] == task.grade(more.problems[r], task.tokenizer.decode(row[more.prompt_length[r] :]))
+
+
+def greedy_answers(model: Llama, task: Countdown, contexts: list[list[int]]) -> list[list[int]]:
+    """What follows each context greedily, every token from scratch, up to the stop token or the room for an answer."""
+    rows = [[*context, *task.forced_stop] for context in contexts]
+    for _ in range(task.answer_tokens):
+        open_rows = [r for r, row in enumerate(rows) if row[-1] != task.stop or len(row) == len(contexts[r]) + 2]
+        for r, table in zip(open_rows, logps(model, [rows[r] for r in open_rows]), strict=True):
+            rows[r] = [*rows[r], int(table[-1].argmax())]
+    return [row[len(context) :] for row, context in zip(rows, contexts, strict=True)]
+
+
+def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
+    """At every boundary, J is the verdict on what an uncached greedy decoder says after `</think> <answer>`.
+
+    Among the traces are some that said `</answer>` while thinking: a stop token is never cached, so no boundary may lie
+    behind it.
+    """
+    task = Fingerprint()
+    places = list(zip(*boundaries(task, rollouts), strict=True))
+    stray = [r for r, _ in places if rollouts.samples.stopped[r] and task.close_thinking not in rollouts.tokens[r]]
+    assert len(places) > 60 and stray
+    contexts = [rollouts.tokens[r][:p] for r, p in places]
+    answers = greedy_answers(model, task, contexts)
+    assert len(set(map(tuple, answers))) > 1
+    J, generated = force_answers(model, task, rollouts, *zip(*places, strict=True), 1, 0.0, None)
+    expected = [task.grade(rollouts.problems[r], task.tokenizer.decode(answer))
+                for (r, _), answer in zip(places, answers, strict=True)]
+    torch.testing.assert_close(J, torch.tensor(expected), atol=1e-6, rtol=0)
+    assert generated == sum(len(answer) - 2 for answer in answers)  # the ledger counts what was drawn, not what was forced
+
+
+def test_several_forks_are_averaged_per_boundary(model, rollouts):
+    """Forks that are all greedy average to the one greedy answer; the order of the boundaries is kept; tokens add up."""
+    task = Fingerprint()
+    row, position = (x[:40] for x in boundaries(task, rollouts))
+    one, tokens = force_answers(model, task, rollouts, row, position, 1, 0.0, None)
+    three, more_tokens = force_answers(model, task, rollouts, row, position, 3, 0.0, None)
+    torch.testing.assert_close(one, three, atol=1e-6, rtol=0)
+    assert more_tokens == 3 * tokens and len(set(one.tolist())) > 10
+    sampled, _ = force_answers(model, task, rollouts, row, position, 3, 1.0, generator())
+    assert sampled.shape == one.shape and not torch.equal(sampled, one)
+
+
+def test_no_boundary_costs_nothing(model, rollouts):
+    """No place to ask: no J, no token."""
+    J, generated = force_answers(model, Fingerprint(), rollouts, [], [], 2, 1.0, generator())
+    assert J.shape == (0,) and generated == 0
+
+
+def test_boundaries_enclose_the_episodes(rollouts):
+    """Each rollout with an episode contributes b_0 at the end of its prompt and one boundary per episode; others none."""
+    task = Fingerprint()
+    row, position = boundaries(task, rollouts)
+    expected = []
+    for r, n in enumerate(rollouts.prompt_length):
+        ends = task.episode_ends(rollouts.response(r))
+        expected += [(r, n), *((r, n + end) for end in ends)] if ends else []
+    assert list(zip(row, position, strict=True)) == expected and len(set(row)) < 40
+
+
+def test_generate_writes_to_none_of_its_arguments(model):
+    """Prefix, branches and weights are only read."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    prefix, branches = prefill(model, prompts), Branches.of(range(5), [3, 1, 2, 3, 0], [[9], [9, 8], [7], [7], [1]], "cpu")
+    before, weights = checksum(prefix), [weight.clone() for weight in model.parameters()]
+    copies = [x.clone() for x in (branches.segment, branches.position, branches.forced)]
+    generate(model, prefix, branches, Sampling(6, (5,)), generator())
+    assert unchanged(before, prefix)
+    assert all(map(torch.equal, weights, model.parameters()))
+    assert all(map(torch.equal, copies, (branches.segment, branches.position, branches.forced)))

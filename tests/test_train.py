@@ -1,0 +1,197 @@
+"""The whole pipeline on config/tiny.py: everything is written, resuming is exact, killing loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from nanomrt import checkpoint
+from nanomrt.config import UserError, load_config
+from nanomrt.run import Run
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--warm_steps=4", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1"]
+CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update")  # the only keys of a metrics row that time changes
+
+
+def run_tiny(out: Path, *words: str) -> Path:
+    """Train the tiny configuration in this process; returns its folder."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", *words]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return newest_run(out)
+
+
+def newest_run(out: Path) -> Path:
+    return max((path for path in out.iterdir() if path.name.startswith("tiny")), key=lambda path: path.stat().st_mtime)
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows[1:]]
+
+
+def weights(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:06d}/model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    return run_tiny(tmp_path_factory.mktemp("out"))
+
+
+def test_everything_is_written(finished):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "traces.html", "figures/training.png",
+                 "figures/budget.png", "checkpoints/step-000002", "checkpoints/step-000004"):
+        assert (finished / name).exists(), name
+    assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4]
+    summary = json.loads((finished / "summary.json").read_text())
+    for section in ("warm_start", "test", "ood"):
+        for key in ("accuracy", "tokens_per_correct", "mean_thinking_tokens"):
+            assert set(summary[section][key]) == {"value", "low", "high"}
+        assert summary[section]["regret"] and summary[section]["budget_curve"]
+    assert {"ledger", "seconds", "peak_memory_bytes", "config", "commit", "device"} <= summary.keys()
+    assert all(summary["ledger"][kind] > 0 for kind in ("trace", "fork", "update"))
+
+
+def test_sampler_and_trainer_score_the_same_distribution(finished):
+    assert all(row["max_logprob_diff"] < 1e-4 for row in metrics(finished))
+
+
+def test_the_ledger_counts_the_actions_that_were_trained(finished):
+    """On-policy and online, every sampled trace token is trained exactly once."""
+    last = metrics(finished)[-1]
+    assert last["update_tokens"] == last["trace_tokens"]
+
+
+def test_alpha_zero_is_grpo_bit_for_bit(tmp_path):
+    a = run_tiny(tmp_path / "a", "--alpha=0")
+    b = run_tiny(tmp_path / "b", "--algorithm=grpo")
+    assert equal(weights(a), weights(b))
+
+
+def test_alpha_changes_what_is_learned(finished, tmp_path):
+    assert not equal(weights(finished), weights(run_tiny(tmp_path, "--alpha=0")))
+
+
+@pytest.mark.parametrize("words", [
+    ["--algorithm=mrt"], ["--kl_coef=0.1"], ["--kl_coef=0.1", "--kl_estimator=k3"], ["--kl_coef=0.1", "--kl_estimator=k1_reward"],
+    ["--loss_norm=sequence", "--truncated=mask"], ["--forks=2", "--fork_temperature=1", "--gamma=0.5", "--advantage_norm=mean"],
+])
+def test_every_switch_trains(tmp_path, words):
+    run = run_tiny(tmp_path, "--steps=2", *words)
+    assert all(abs(row["grad_norm"]) < 1e3 and row["skipped"] == 0 for row in metrics(run))
+
+
+def test_micro_batches_change_nothing_but_rounding(finished, tmp_path):
+    """Gradients are sums over the whole minibatch, however it is cut."""
+    other = run_tiny(tmp_path, "--steps=1", "--save_every=1", "--micro_batch_tokens=64")
+    assert metrics(other)[0]["grad_norm"] == pytest.approx(metrics(finished)[0]["grad_norm"], rel=1e-4)
+
+
+def test_resuming_equals_never_stopping(finished, tmp_path):
+    """4 steps == 2 + resume + 2: parameters, optimiser and metrics, bit for bit."""
+    run = run_tiny(tmp_path)
+    for name in ("checkpoints/step-000004", "summary.json"):
+        path = run / name
+        path.rename(tmp_path / path.name)  # as if the run had stopped after step 3, before the next checkpoint
+    run_tiny(tmp_path, "--resume")
+    assert equal(weights(run), weights(finished))
+    assert metrics(run) == metrics(finished)
+    optimizer = "checkpoints/step-000004/optimizer.safetensors"
+    assert equal(load_file(run / optimizer), load_file(finished / optimizer))
+
+
+@pytest.mark.parametrize("moment", ["in a step", "while a checkpoint is written"])
+def test_a_killed_run_resumes_to_the_same_end(finished, tmp_path, moment):
+    """SIGKILL, then --resume: the same weights and metrics as if nothing had happened."""
+    command = [sys.executable, "train.py", "config/tiny.py", *FAST, f"--out_dir={tmp_path}"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    if moment == "in a step":
+        for line in process.stdout:
+            if line.lstrip().startswith("3/4"):
+                break
+    else:
+        while process.poll() is None and not list(tmp_path.glob("tiny*/checkpoints/.step-000004.partial")):
+            time.sleep(0.0005)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    run = newest_run(tmp_path)
+    assert (run / "checkpoints").is_dir()
+    run_tiny(tmp_path, "--resume")
+    assert equal(weights(run), weights(finished))
+    assert metrics(run) == metrics(finished)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "train.py", "config/tiny.py", *FAST, f"--out_dir={tmp_path}", "--steps=200", "--save_every=100"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        if line.lstrip().startswith("1/200"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "--resume" in output[-1]
+    assert checkpoint.damage(checkpoint.newest(newest_run(tmp_path) / "checkpoints")) is None
+    process.stdout.close()
+
+
+def test_non_finite_gradients_are_skipped_and_three_in_a_row_stop(tmp_path):
+    run = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu")
+    assert run.accept_gradient(1.0)
+    assert not run.accept_gradient(float("nan")) and not run.accept_gradient(float("inf"))
+    assert run.accept_gradient(1.0) and run.skipped == 2
+    assert not run.accept_gradient(float("nan")) and not run.accept_gradient(float("nan"))
+    with pytest.raises(UserError, match="lower learning_rate"):
+        run.accept_gradient(float("nan"))
+
+
+def test_a_skipped_update_leaves_the_parameters_alone(tmp_path, monkeypatch):
+    """A NaN in every gradient: nothing moves, the run stops, and says what to do."""
+    monkeypatch.setattr(train, "clipped_loss", lambda logprob, *_: (logprob * float("nan")).sum())
+    with pytest.raises(UserError, match="three gradients in a row"):
+        run_tiny(tmp_path)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["config/tiny.py", "--group_size=1"], "group_size"),
+    (["config/tiny.py", "--thinking_budget=500"], "max_position_embeddings"),
+    (["config/tiny.py", "--alhpa=1"], "did you mean 'alpha'"),
+    (["config/missing.py"], "no config file"),
+    (["config/tiny.py", "--resume"], "nothing to resume"),
+    (["config/tiny.py", "--init_from=nowhere"], "no checkpoint folder"),
+])
+def test_mistakes_are_one_line_that_names_the_fix(tmp_path, words, message):
+    command = [sys.executable, "train.py", *words, f"--out_dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_existing_run_is_not_overwritten(finished):
+    with pytest.raises(UserError, match="--resume"):
+        train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={finished.parent}"])
+
+
+def test_a_failed_gate_stops_before_rl(tmp_path):
+    with pytest.raises(UserError, match="raise warm_steps.*--force"):
+        train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={tmp_path}", "--gate_result=1.0"])

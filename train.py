@@ -1,0 +1,184 @@
+"""Train a policy that thinks in episodes to reach right answers with fewer tokens.
+
+    python train.py config/small.py                     from nothing: data, warm start, MRT, evaluation, figures
+    python train.py config/small.py --alpha=0           the same as plain GRPO; any key can be set so
+    python train.py config/small.py --resume            go on after an interruption, exactly
+    python train.py --help                              every key
+
+Read next: nanomrt/mrt.py, the algorithm. `update` below is the only place where a gradient is taken.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kernels
+from data.countdown import Countdown
+from evaluate import budget_figure, evaluate_splits, summary_table
+from nanomrt import checkpoint, report
+from nanomrt.config import RunConfig, UserError
+from nanomrt.model import Llama, Packed
+from nanomrt.mrt import Batch, advantages, clipped_loss, kl_penalty, token_weights
+from nanomrt.rollout import collect, examples
+from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
+from nanomrt.warmstart import cached_warm_start
+
+
+def main(argv: list[str]) -> int:
+    config, folder, flags = read_command_line(argv)
+    device = choose_device(config)
+    run = Run(config, folder, device)
+    task = Countdown.from_config(config)
+    generation = {"eos_token_id": task.stop, "temperature": config.temperature, "do_sample": True}
+
+    with run.timed("warm_start"):
+        start = Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags)
+    model = starting_policy(start, task, device)
+    reference = checkpoint.load_model(start, device) if config.kl_coef else None  # the policy that the KL pulls back to
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99),
+                                  weight_decay=config.weight_decay, fused=True)
+    run.begin(model, optimizer, resume="--resume" in flags)
+
+    while run.step < config.steps and not run.interrupted:
+        # 1. Sample traces, and force answers at the end of every episode.
+        problems = task.problems("train", config.prompts_per_step, f"{config.seed}/{run.step}")
+        collected = collect(model, task, problems, config, generator_for(config.seed, "sample", run.step))
+        # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
+        batch, ref_logprob = with_reference(collected.batch, reference, config)
+        advantage = advantages(batch, collected.episodes, alpha=config.alpha, gamma=config.gamma,
+                               advantage_norm=config.advantage_norm, progress_norm=config.progress_norm)  # (N,)
+        # 3. Learn, by a clipped policy-gradient step on each minibatch.
+        with run.timed("update"):
+            learned = update(model, optimizer, batch, advantage, ref_logprob, run)
+        # 4. Write it down.
+        run.record(collected, learned)
+        if run.step % config.sample_every == 0 or run.step == config.steps:
+            run.show(collected.example(task))
+        if run.step % config.save_every == 0 or run.step == config.steps or run.interrupted:
+            run.save(model, task.tokenizer, generation, optimizer)
+
+    if run.interrupted:
+        print(f"stopped after step {run.step}; go on with: python train.py {' '.join(argv)} --resume")
+        return 130
+    finish(run, task, model, checkpoint.load_model(start, device))
+    return 0
+
+
+def starting_policy(folder: Path, task: Countdown, device: str) -> Llama:
+    """The model of a checkpoint folder. Raises UserError if there is none or it speaks another vocabulary."""
+    try:
+        model = checkpoint.load_model(folder, device)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"cannot start from {folder}: {error}") from None
+    if model.config.vocab_size != len(task.tokenizer):
+        raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: "
+                        "set the task's keys (max_value above all) as they were when it was trained")
+    return model
+
+
+def score(model: Llama, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob and entropy (n,) of every action of a batch under `model`, and where those actions lie (n,)."""
+    packed = Packed.of(batch.lengths)
+    hidden = model(batch.tokens, packed.position_ids, packed)  # (N,C)
+    action = batch.is_action.nonzero().squeeze(1)  # (n,)
+    # hidden[t-1] predicts token t; an action is never a sequence's first token.
+    return *kernels.token_logprobs(hidden[action - 1], model.head, batch.tokens[action], temperature), action
+
+
+def with_reference(batch: Batch, reference: Llama | None, config: RunConfig) -> tuple[Batch, Tensor | None]:
+    """The reference policy's log-probs (N,), and the batch with the k1 penalty in its rewards if that is the estimator."""
+    if reference is None:
+        return batch, None
+    ref_logprob = torch.zeros_like(batch.logprob)
+    with torch.no_grad():
+        for rows in micro_batches(batch.lengths, config.micro_batch_tokens):
+            logprob, _, action = score(reference, batch.take(rows), config.temperature)
+            ref_logprob[batch.flat(rows)[action]] = logprob
+    if config.kl_estimator == "k1_reward":
+        k1 = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.logprob - ref_logprob)  # (B,)
+        batch = replace(batch, reward=batch.reward - config.kl_coef * k1)
+    return batch, ref_logprob
+
+
+def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
+           run: Run) -> dict[str, float]:
+    """One pass over the batch in `minibatches` optimiser steps; returns what the loss's own tensors say about it."""
+    config, seen = run.config, defaultdict(float)
+    order = torch.randperm(len(batch.lengths), generator=generator_for(config.seed, "update", run.step))
+    for index, rows in enumerate(order.to(batch.lengths.device).chunk(config.minibatches)):
+        minibatch, place = batch.take(rows), batch.flat(rows)
+        weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)
+        optimizer.zero_grad(set_to_none=True)
+        for part in micro_batches(minibatch.lengths, config.micro_batch_tokens):
+            micro, flat = minibatch.take(part), minibatch.flat(part)
+            logprob, entropy, action = score(model, micro, config.temperature)  # (n,)
+            w, A, old = weight[flat][action], advantage[place[flat]][action], micro.logprob[action]  # (n,)
+            loss = clipped_loss(logprob, old, A, w, config.clip_low, config.clip_high)
+            if ref_logprob is not None:
+                ref = ref_logprob[place[flat]][action]
+                loss = loss + config.kl_coef * (w * kl_penalty(logprob, old, ref, config.kl_estimator)).sum()
+            loss.backward()
+
+            with torch.no_grad():
+                difference, ratio = (logprob - old).abs(), (logprob - old).exp()
+                seen["loss"] += float(loss) / config.minibatches
+                seen["entropy"] += float(entropy.sum())
+                seen["clip_fraction"] += float(((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum())
+                seen["tokens"] += len(action)
+                if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
+                    seen["max_logprob_diff"] = max(seen["max_logprob_diff"], float(difference.max()))
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+        seen["grad_norm"] += norm / config.minibatches
+        if run.accept_gradient(norm):
+            warm = (run.step * config.minibatches + index + 1) / max(config.warmup_steps, 1)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, warm)
+            optimizer.step()
+    tokens = int(seen.pop("tokens"))
+    run.ledger["update"] += tokens
+    return {**seen, "entropy": seen["entropy"] / max(tokens, 1), "clip_fraction": seen["clip_fraction"] / max(tokens, 1),
+            "learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
+    """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row): padding stays small."""
+    order = lengths.argsort(stable=True)
+    parts, room = [[]], limit
+    for row, length in zip(order.tolist(), lengths[order].tolist()):
+        if parts[-1] and length > room:
+            parts.append([])
+            room = limit
+        parts[-1].append(row)
+        room -= length
+    return [torch.tensor(part, device=lengths.device) for part in parts]
+
+
+def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:
+    """Evaluate the warm start and the trained policy, draw the figures, write the summary and show both."""
+    with run.timed("evaluation"):
+        before = evaluate_splits(warm, task, run.config, ["test"])
+        after = evaluate_splits(model, task, run.config, ["test", "ood"])
+        shown = task.problems("test", 24, "traces")
+        traces = examples(model, task, shown, run.config, generator_for(run.config.seed, "traces", run.step))
+    summary = {"warm_start": before["test"], **after, "ledger": run.ledger, "seconds": run.seconds, **provenance(run)}
+    run.write_json("summary.json", summary)
+    figures = run.folder / "figures"
+    figures.mkdir(exist_ok=True)
+    name = run.folder.name
+    report.training_figure(figures / "training.png", {name: report.read_jsonl(run.folder / "metrics.jsonl")[1:]})
+    budget_figure(figures / "budget.png", {"warm start": before["test"], name: after["test"]})
+    report.traces_page(run.folder / "traces.html", f"{name}: rollouts of test problems", traces)
+    print(summary_table({name: summary}))
+    print(f"\n{run.folder}: summary.json, figures/, traces.html; try: python sample.py {run.folder} --progress")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
