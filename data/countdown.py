@@ -24,6 +24,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import permutations, product
 
+from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
 SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>")
@@ -72,8 +73,8 @@ class Chain:
 def solve(numbers: tuple[int, ...], used: int, operators: str, max_value: int) -> dict[int, list[Chain]]:
     """Every chain over `used` of the (sorted) `numbers`, by the value it reaches. The oracle, and the proposer.
 
-    >>> [" ".join(chain.expression) for chain in solve((3, 4, 7), 3, "+-*", 100)[25]]
-    ['( 3 * 7 ) + 4', '( 7 * 3 ) + 4']
+    >>> [" ".join(chain.expression) for chain in solve((3, 4, 7), 3, "+-*", 100)[33]]
+    ['( 4 + 7 ) * 3', '( 7 + 4 ) * 3']
     """
     chains: dict[int, list[Chain]] = {}
     for chosen in sorted(set(permutations(numbers, used))):
@@ -144,10 +145,14 @@ class Countdown:
     This is the whole interface that the trainer, the sampler and the evaluation use; another task offers the same names.
     """
 
-    def __init__(self, *, numbers: int = 3, used: int = 3, number_max: int = 10, target_min: int = 10, target_max: int = 60,
-                 operators: str = "+-*", max_solutions: int = 4, max_value: int = 100, ood_target_min: int = 45,
-                 ood_max_solutions: int = 2, max_attempts: int = 12, repeat: float = 0.2, go_on: float = 0.4,
-                 give_up: float = 0.04, hint: float = 0.05, ordered: float = 0.0):
+    def __init__(self, *, numbers: int = RunConfig.numbers, used: int = RunConfig.used, number_max: int = RunConfig.number_max,
+                 target_min: int = RunConfig.target_min, target_max: int = RunConfig.target_max,
+                 operators: str = RunConfig.operators, max_solutions: int = RunConfig.max_solutions,
+                 max_value: int = RunConfig.max_value, ood_target_min: int = RunConfig.ood_target_min,
+                 ood_max_solutions: int = RunConfig.ood_max_solutions, max_attempts: int = RunConfig.trace_max_attempts,
+                 repeat: float = RunConfig.trace_repeat, go_on: float = RunConfig.trace_go_on,
+                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint,
+                 ordered: float = RunConfig.trace_ordered):
         if not 2 <= used <= numbers <= number_max:
             raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={used}, numbers={numbers}, "
                              f"number_max={number_max}")
@@ -170,7 +175,7 @@ class Countdown:
         self.answer_tokens = used + (used - 1) + 2 * (used - 2) + 1  # numbers, operators, brackets, </answer>
 
     @classmethod
-    def from_config(cls, config) -> "Countdown":
+    def from_config(cls, config: RunConfig) -> "Countdown":
         """The task that a `RunConfig` describes."""
         same = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
                 "ood_target_min", "ood_max_solutions")
@@ -200,9 +205,9 @@ class Countdown:
         rng, found = random.Random(f"{seed}/{split}"), []
         for _ in range(10_000 * count):
             numbers = tuple(rng.sample(range(1, self.number_max + 1), self.numbers))
-            problem = Problem(numbers, rng.choice(sorted(solve(tuple(sorted(numbers)), self.used, self.operators,
-                                                                self.max_value))))
-            if self.split_of(problem) == split:
+            targets = sorted(solve(tuple(sorted(numbers)), self.used, self.operators, self.max_value))
+            problem = Problem(numbers, rng.choice(targets)) if targets else None
+            if problem and self.split_of(problem) == split:
                 found.append(problem)
                 if len(found) == count:
                     return found
@@ -223,8 +228,8 @@ class Countdown:
         return Problem(tuple(numbers[:-1]), numbers[-1])
 
     def show(self, ids: Sequence[int]) -> str:
-        """`ids` for the eye: a number that follows a number is a result."""
-        return re.sub(r"(?<=\d) (?=\d)", " = ", self.tokenizer.decode(ids))
+        """`ids` for the eye: a number that follows an operation is its result."""
+        return re.sub(r"([-+*/] \d+) (?=\d)", r"\1 = ", self.tokenizer.decode(ids))
 
     def warm_trace(self, problem: Problem, rng: random.Random) -> tuple[list[int], list[float]]:
         """A response by random search, flaws included, and the weight of each token in the warm start's loss.

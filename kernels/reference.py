@@ -23,19 +23,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return out.flatten(0, 1).index_select(0, (step < lengths).flatten().nonzero().squeeze(1))  # (N,H,D)
 
 
-def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, hidden: Tensor, group: Tensor, place: Tensor,
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
                      suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
     """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
 
-    prefix_k, prefix_v (S,K,L,D): cached segments; hidden (S,M,L) fp32: -1e30 where the m-th branch of a segment does not
-    see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the
+    prefix_k, prefix_v (S,K,L,D): cached segments, all of it finite; unseen (S,M,L) fp32: -1e30 where the m-th branch of
+    a segment does not see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the
     flattened group; suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
     """
     (R, H, D), (S, K, L, _), M = q.shape, prefix_k.shape, group.shape[1]
     q = (q * D**-0.5).view(R, K, H // K, D)
     # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
     together = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D)
-    scores = (together @ prefix_k.mT).view(S, K, M, -1, L).add_(hidden[:, None, :, None])  # (S,K,M,G,L)
+    scores = (together @ prefix_k.mT).view(S, K, M, -1, L).add_(unseen[:, None, :, None])  # (S,K,M,G,L)
     p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
     out = (p.view(S, K, -1, L).to(q.dtype) @ prefix_v).view(S, K, M, -1, D)
     lse, out = (x.transpose(1, 2).flatten(0, 1)[place] for x in (lse, out))  # (R,K,G,·)

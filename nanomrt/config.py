@@ -122,10 +122,13 @@ class RunConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        prompt, answer = self.numbers + 4, 4 * self.used + 2
+        if min(self.minibatches, self.num_key_value_heads) < 1:
+            raise ValueError("minibatches and num_key_value_heads must be at least 1")
+        prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
         thinking = max(self.thinking_budget * (2 if self.algorithm == "mrt" else 1),  # a prefix, and a budget after it
                        self.eval_budget, 3 * self.used * self.trace_max_attempts)
-        longest = prompt + thinking + answer
+        # A cut-off rollout had room for its answer, and is forced to answer once more; in the prefix form so was the prefix.
+        longest = prompt + thinking + answer * (3 if self.algorithm == "mrt" else 2)
         checks = [
             (self.group_size > 1, "group_size must be at least 2: an advantage compares rollouts of one problem"),
             (self.algorithm != "mrt" or self.group_size % 2 == 0,
@@ -139,10 +142,11 @@ class RunConfig:
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             (self.alpha >= 0, "alpha must not be negative"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
-            (min(self.forks, self.steps, self.prompts_per_step, self.minibatches, self.save_every, self.sample_every,
-                 self.eval_problems, self.eval_samples, self.warm_batch) >= 1,
-             "steps, forks, prompts_per_step, minibatches, save_every, sample_every, warm_batch, eval_problems and "
-             "eval_samples must be at least 1"),
+            (min(self.forks, self.steps, self.prompts_per_step, self.save_every, self.sample_every, self.eval_problems,
+                 self.eval_samples, self.warm_batch, self.warm_steps, self.thinking_budget, self.micro_batch_tokens) >= 1,
+             "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "
+             "micro_batch_tokens, eval_problems and eval_samples must be at least 1"),
+            (self.learning_rate > 0, "learning_rate must be positive"),
             (self.forks == 1 or self.fork_temperature > 0,
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
             (self.num_attention_heads % self.num_key_value_heads == 0,
@@ -167,7 +171,7 @@ def _typed(name: str, value: Any, source: str) -> Any:
         near = difflib.get_close_matches(name, KEYS, n=1)
         raise ValueError(f"{source}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all"))
     wanted = KEYS[name].type
-    if isinstance(value, str) and wanted is not str:
+    if source == "command line" and wanted is not str:
         try:
             return wanted(value)
         except ValueError:
@@ -204,7 +208,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
             raise ValueError(f"expected --key=value, not {word!r}")
         name, equals, value = word[2:].partition("=")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value: --{name}=…")
             value = rest.pop(0)
         overrides[name.replace("-", "_")] = value

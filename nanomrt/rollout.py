@@ -50,7 +50,7 @@ class Rollouts:
 
 def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Sequence[Sequence[int]],
            forced: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None) -> Samples:
-    """Sample after contexts[r] + forced[r], reusing the cache of segment[r], which holds contexts[r].
+    """Sample after contexts[r] + forced[r], reusing the cache of segment[r], which must begin with contexts[r].
 
     A row without forced tokens is given its context's last token once more: something has to produce the first logits.
     """

@@ -59,7 +59,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    replace: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; forces thinking to go on
+    replace: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; to look at, not to train on
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ class BranchCache:
         limit = torch.zeros_like(self.group.flatten())
         limit[self.place] = position
         seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
-        self.hidden = torch.where(seen, 0.0, -1e30)
+        self.unseen = torch.where(seen, 0.0, -1e30)
         self.shared_keys, self.shared_values = self.prefix.keys[:, used], self.prefix.values[:, used]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, t = self.live, self.length
         self.keys[layer, :n, :, t], self.values[layer, :n, :, t] = k, v
-        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.hidden, self.group,
+        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
                                         self.place, self.keys[layer, :n, :, : t + 1], self.values[layer, :n, :, : t + 1])
 
 

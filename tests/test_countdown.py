@@ -498,7 +498,7 @@ def test_ordered_traces_go_up():
     ("</answer>", []),
 ])
 def test_episode_ends(response, ends, task):
-    """Boundaries are exclusive: before the next `<try>`, before `</think>` or a stray `</answer>`, or at the end of a cut-off response."""
+    """Exclusive: before the next `<try>`, before `</think>` or a stray `</answer>`, or where the response was cut off."""
     assert task.episode_ends(task.tokenizer.encode(response)) == ends
 
 
