@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         if run.step % config.save_every == 0 or run.step == config.steps or run.interrupted:
             run.save(model, task.tokenizer, generation, optimizer)
 
-    if run.interrupted:
+    if run.step < config.steps:
         print(f"stopped after step {run.step}; go on with: python train.py {' '.join(argv)} --resume")
         return 130
     finish(run, task, model, checkpoint.load_model(start, device))
@@ -125,7 +125,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
 
             with torch.no_grad():
                 difference, ratio = (logprob - old).abs(), (logprob - old).exp()
-                seen["loss"] += float(loss) / config.minibatches
+                seen["loss"] += float(loss.detach()) / config.minibatches
                 seen["entropy"] += float(entropy.sum())
                 seen["clip_fraction"] += float(((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum())
                 seen["tokens"] += len(action)

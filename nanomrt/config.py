@@ -216,10 +216,13 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
-    """'config/small.py' with seed 1 -> 'small-seed=1'. Keys that only say where or how to run don't count."""
+    """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
+    has anyway nor keys that only say where or how to run."""
     silent = {"out_dir", "device", "threads", "save_every", "sample_every"}
-    changed = [f"{name}={value}".replace("/", "_") for name, value in sorted(overrides.items()) if name not in silent]
-    return "-".join([Path(path).stem, *changed])
+    before, after = load_config(path), load_config(path, overrides)
+    changed = [name for name in sorted(overrides) if name not in silent and getattr(after, name) != getattr(before, name)]
+    values = [f"{name}={getattr(after, name)}".replace("/", "_") for name in changed]
+    return "-".join([Path(path).stem, *values])
 
 
 def save_config(config: RunConfig, path: Path) -> None:

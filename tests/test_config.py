@@ -191,7 +191,7 @@ def test_a_context_that_is_accepted_is_enough(algorithm, budgets):
 @pytest.mark.parametrize("overrides, name", [
     ({}, "small"),
     ({"seed": "1"}, "small-seed=1"),
-    ({"seed": "1", "alpha": "0"}, "small-alpha=0-seed=1"),
+    ({"seed": "1", "alpha": "0"}, "small-alpha=0.0-seed=1"),
     ({"out_dir": "elsewhere", "device": "cpu", "threads": "2", "save_every": "5", "sample_every": "1"}, "small"),
     ({"init_from": "out/warm/step"}, "small-init_from=out_warm_step"),
 ])
