@@ -28,8 +28,8 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
 
     prefix_k, prefix_v (S,K,L,D): cached segments, all of it finite; unseen (S,M,L) fp32: -1e30 where the m-th branch of
-    a segment does not see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a row's index in the
-    flattened group; suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
+    a segment does not see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a
+    row's index in the flattened group; suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
     """
     (R, H, D), (S, K, L, _), M = q.shape, prefix_k.shape, group.shape[1]
     q = (q * D**-0.5).view(R, K, H // K, D)

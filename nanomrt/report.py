@@ -28,11 +28,10 @@ def duration(seconds: float) -> str:
 def step_line(row: dict, steps: int, eta: float) -> str:
     """One line of fixed width per step, reward first."""
     share = lambda x: " --- " if x is None else f"{x:5.3f}"
-    drawn = row["response_tokens"]
-    seconds = row["seconds_trace"] + row["seconds_fork"] + row["seconds_update"]
     return (f"{row['step']:5d}/{steps:<5d} reward {row['reward']:5.3f}  J {share(row['J_first'])} > {share(row['J_last'])}  "
-            f"tokens {drawn:5.1f}  finished {row['finished']:4.2f}  entropy {row['entropy']:4.2f}  grad {row['grad_norm']:5.2f}  "
-            f"clip {row['clip_fraction']:5.3f}  |dlogp| {row['max_logprob_diff']:7.1e}  {seconds:5.1f} s  eta {duration(eta):>6}")
+            f"tokens {row['response_tokens']:5.1f}  finished {row['finished']:4.2f}  entropy {row['entropy']:4.2f}  "
+            f"grad {row['grad_norm']:5.2f}  clip {row['clip_fraction']:5.3f}  |dlogp| {row['max_logprob_diff']:7.1e}  "
+            f"{row['tokens_per_second'] / 1000:6.1f}k tok/s  eta {duration(eta):>6}")
 
 
 def show_rollout(example: dict) -> str:
@@ -84,7 +83,8 @@ def training_figure(path: Path, runs: dict[str, Sequence[dict]]) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
-    axes[1].legend(frameon=False, fontsize="small")
+    if axes[1].lines:
+        axes[1].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -115,8 +115,9 @@ def traces_page(path: Path, title: str, examples: Sequence[dict]) -> None:
                           f'background: rgba({colour}, {0.08 + 0.3 * abs(progress):.2f})">'
                           f'<span>{html.escape(text)}</span><span class="number">{numbers}</span></div>')
         verdict = "✓ right" if example["reward"] else "✗ wrong"
-        cards.append(f'<section class="trace"><div class="prompt">{html.escape(example["prompt"])}</div>{"".join(blocks)}'
-                     f'<div class="answer">{html.escape(example["answer"])} <span class="verdict">{verdict}</span></div></section>')
+        prompt, answer = html.escape(example["prompt"]), html.escape(example["answer"])
+        cards.append(f'<section class="trace"><div class="prompt">{prompt}</div>{"".join(blocks)}'
+                     f'<div class="answer">{answer} <span class="verdict">{verdict}</span></div></section>')
     right = sum(bool(example["reward"]) for example in examples)
     path.write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -133,6 +133,8 @@ class Run:
         spent = {f"seconds_{stage}": self.seconds[stage] - self._before[stage] for stage in ("trace", "fork", "update")}
         row = {"step": self.step, **collected.metrics(), **learned, "skipped": self.skipped,
                **{f"{name}_tokens": count for name, count in self.ledger.items()}, **spent}
+        sampled = collected.trace_tokens + collected.fork_tokens
+        row["tokens_per_second"] = sampled / (row["seconds_trace"] + row["seconds_fork"])
         self._before = dict(self.seconds)
         report.append_jsonl(self.folder / "metrics.jsonl", row)
         pace = (time.perf_counter() - self._began) / (self.step - self._first_step)

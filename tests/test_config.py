@@ -106,7 +106,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--steps=1.5", "command line: steps='1.5' must be int"),
     ("", "--steps=", "steps='' must be int"),
     ("", "--alpha=much", "alpha='much' must be float"),
-    ("", "--steps --alpha=1", "steps='--alpha=1' must be int"),
+    ("", "--steps --alpha=1", "--steps needs a value"),
     # not in the form of an argument
     ("", "--seed", "--seed needs a value: --seed=…"),
     ("", "--alpha=1 --seed", "--seed needs a value"),
