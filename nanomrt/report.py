@@ -27,11 +27,10 @@ def duration(seconds: float) -> str:
 
 def step_line(row: dict, steps: int, eta: float) -> str:
     """One line of fixed width per step, reward first."""
-    share = lambda x: " --- " if x is None else f"{x:5.3f}"
-    return (f"{row['step']:5d}/{steps:<5d} reward {row['reward']:5.3f}  J {share(row['J_first'])} > {share(row['J_last'])}  "
-            f"tokens {row['response_tokens']:5.1f}  finished {row['finished']:4.2f}  entropy {row['entropy']:4.2f}  "
-            f"grad {row['grad_norm']:5.2f}  clip {row['clip_fraction']:5.3f}  |dlogp| {row['max_logprob_diff']:7.1e}  "
-            f"{row['tokens_per_second'] / 1000:6.1f}k tok/s  eta {duration(eta):>6}")
+    J = f"{row['J_first']:4.2f} > {row['J_last']:4.2f}" if row["J_last"] is not None else " " * 11
+    return (f"{row['step']:5d}/{steps:<5d} reward {row['reward']:5.3f}  J {J}  tokens {row['response_tokens']:5.0f}  "
+            f"finished {row['finished']:4.2f}  entropy {row['entropy']:4.2f}  grad {row['grad_norm']:5.2f}  "
+            f"|dlogp| {row['max_logprob_diff']:5.0e}  {row['tokens_per_second'] / 1000:5.1f}k tok/s  eta {duration(eta):>6}")
 
 
 def show_rollout(example: dict) -> str:

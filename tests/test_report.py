@@ -1,0 +1,78 @@
+"""What a run shows: lines of one width, rows that survive a crash, a page that no text can break."""
+
+import json
+import random
+
+import pytest
+
+from nanomrt import report
+
+
+def row(rng: random.Random, step: int, outcome_only: bool = False) -> dict:
+    J = None if outcome_only else rng.random()
+    return {"step": step, "reward": rng.random(), "J_first": J, "J_last": J, "response_tokens": rng.uniform(1, 9999),
+            "finished": rng.random(), "entropy": rng.uniform(0, 9), "grad_norm": rng.uniform(0, 99),
+            "max_logprob_diff": 10 ** rng.uniform(-9, 1), "tokens_per_second": rng.uniform(1, 9e5)}
+
+
+def test_all_step_lines_have_one_width():
+    rng = random.Random(0)
+    lines = [report.step_line(row(rng, rng.randint(1, 9999), outcome_only=i % 3 == 0), 9999, rng.uniform(0, 80_000))
+             for i in range(300)]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_reward_comes_first():
+    line = report.step_line(row(random.Random(0), 3) | {"reward": 0.123}, 60, 190)
+    assert line.split()[:3] == ["3/60", "reward", "0.123"] and line.endswith("3m10s")
+
+
+def test_rows_after_the_resumed_step_and_half_written_ones_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line in ({"commit": "abc"}, {"step": 1}, {"step": 2}, {"step": 3}):
+        report.append_jsonl(path, line)
+    with open(path, "a") as file:
+        file.write('{"step": 4, "rew')
+    report.truncate_jsonl(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"commit": "abc"}, {"step": 1}, {"step": 2}]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_reading_a_file_that_is_not_there(tmp_path):
+    assert report.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+EXAMPLE = {"step": 1, "prompt": "numbers 3 7 4 target 25", "episodes": ["<try> 7 + 4 = 11", "<try> 3 * 7 = 21 yes", "<try> no"],
+           "J": [0.0, 0.25, 1.0, 0.5], "answer": "</think> <answer> 1 </answer>", "reward": 1.0}
+
+
+def test_a_rollout_is_shown_episode_by_episode_with_its_progress():
+    lines = report.show_rollout(EXAMPLE).splitlines()
+    assert len(lines) == 5
+    assert "J 0.00" in lines[0] and "+0.25" in lines[1] and "+0.75" in lines[2] and "-0.50" in lines[3] and "right" in lines[4]
+    assert "J " not in report.show_rollout(EXAMPLE | {"J": []})
+
+
+def test_the_page_has_every_episode_with_its_sign_and_colour(tmp_path):
+    report.traces_page(tmp_path / "t.html", "title", [EXAMPLE, EXAMPLE | {"reward": 0.0, "J": []}])
+    page = (tmp_path / "t.html").read_text()
+    assert page.count('class="episode"') == 6
+    for number in ("+0.25", "+0.75", "-0.50", "1 of 2 right"):
+        assert number in page
+    assert page.index(report.GOOD) < page.index(report.BAD)
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer", "episodes"])
+def test_hostile_text_stays_text(tmp_path, field):
+    hostile = '<script>alert("x")</script>'
+    report.traces_page(tmp_path / "t.html", hostile, [EXAMPLE | {field: [hostile] * 3 if field == "episodes" else hostile}])
+    page = (tmp_path / "t.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_training_figure_is_drawn_with_and_without_J(tmp_path):
+    rng = random.Random(0)
+    rows = {"mrt": [row(rng, i) for i in range(3)], "grpo": [row(rng, i, outcome_only=True) for i in range(3)]}
+    report.training_figure(tmp_path / "a.png", rows)
+    report.training_figure(tmp_path / "b.png", {"grpo": rows["grpo"]})
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))

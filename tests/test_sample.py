@@ -1,0 +1,83 @@
+"""sample.py: what it shows is what an uncached model would do, and mistakes name their fix."""
+
+import pytest
+import torch
+
+import sample
+from nanomrt import checkpoint
+from nanomrt.config import RunConfig, UserError, save_config
+from nanomrt.model import Packed
+from nanomrt.sampler import Sampling
+
+
+@pytest.fixture
+def run(tmp_path, model, task):
+    """A run's folder around a random model."""
+    save_config(RunConfig(), tmp_path / "config.json")
+    checkpoint.save(tmp_path / "checkpoints/step-000001", model, task.tokenizer, {})
+    return tmp_path
+
+
+def greedy(model, tokens: list[int]) -> int:
+    packed = Packed.of(torch.tensor([len(tokens)]))
+    with torch.no_grad():
+        return int((model(torch.tensor(tokens), packed.position_ids, packed)[-1] @ model.head.T).argmax())
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7, 40])
+def test_thinking_episode_by_episode_equals_uncached_greedy_decoding(model, task, budget):
+    """The episodes, joined, are the model's own tokens up to the budget or the end of its thinking."""
+    prompt = task.prompt(task.problems("test", 1, 0)[0])
+    thought = [token for episode, _ in sample.think(model, task, prompt, budget, Sampling(1, (), 0.0), torch.Generator())
+               for token in episode]
+    expected = []
+    while len(expected) < budget:
+        token = greedy(model, prompt + expected)
+        if token in (task.close_thinking, task.stop):
+            break
+        expected.append(token)
+    # A `<try>` that the budget leaves without an attempt is the one token that may be missing at the end.
+    assert thought == expected[: len(thought)] and len(expected) - len(thought) <= (expected[-1:] == [task.open_episode])
+
+
+def test_the_cache_of_the_thinking_serves_any_shorter_budget(run, capsys):
+    """One trace stopped at several budgets gives the answers that stopping there at once gives."""
+    words = [str(run), "--prompt", "3 7 4 target 25", "--temperature", "0"]
+    assert sample.main([*words, "--budget", "9,20,30"]) == 0
+    together = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[-3:]]
+    for budget, answer in zip((9, 20, 30), together):
+        assert sample.main([*words, "--budget", str(budget)]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].strip() == answer
+
+
+def test_progress_shows_J_after_every_episode(run, capsys):
+    assert sample.main([str(run), "--progress", "--forks", "2", "--budget", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.split()[-2] == "J" and 0 <= float(line.split()[-1]) <= 1 for line in lines[:-1])
+
+
+def test_a_seed_makes_the_same_output(run, capsys):
+    outputs = []
+    for seed in ("1", "1", "2"):
+        sample.main([str(run), "--seed", seed, "--prompt", "3 7 4 target 25"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--prompt", "3 7"], "expected 3 numbers and a target"),
+    (["--prompt", "3 7 4 target 999"], "knows the numbers 1 to 100"),
+    (["--budget", "9999"], "--budget must lie in 0"),
+    (["--budget", "many"], "many"),
+])
+def test_mistakes_name_their_fix(run, words, message):
+    with pytest.raises(UserError, match=message):
+        sample.main([str(run), *words])
+
+
+def test_without_a_run_or_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="train one"):
+        sample.main([str(tmp_path)])
+    save_config(RunConfig(), tmp_path / "config.json")
+    with pytest.raises(UserError, match="train first"):
+        sample.main([str(tmp_path)])
