@@ -17,7 +17,6 @@ Dimension key: B rollouts, P problems, G samples per problem, b budgets of the g
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from data.countdown import Countdown
-from nanomrt import checkpoint
+from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, maj_at_k, normalised_regret, pass_at_k, ratio
 from nanomrt.model import Llama
@@ -197,9 +196,7 @@ def answer_text(task, response: Sequence[int]) -> str:
 def update_summary(path: Path, sections: dict[str, dict]) -> dict:
     """Put `sections` into summary.json, keep its other keys, and return all of it. The file is replaced in one step."""
     summary = (json.loads(path.read_text()) if path.is_file() else {}) | sections
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(aside, path)
+    report.write_json(path, summary)
     return summary
 
 
@@ -208,7 +205,7 @@ def summary_table(summaries: dict[str, dict]) -> str:
     lines = [(label, name, summary[name]) for label, summary in summaries.items()
              for name in ("warm_start", "test", "ood") if name in summary]
     horizons = sorted({h for _, _, section in lines for h in section["regret"]}, key=int)
-    show = lambda x, digits: f"{x['value']:.{digits}f} [{x['low']:.{digits}f} {x['high']:.{digits}f}]" if x else "-"  # noqa: E731
+    show = lambda x, digits: f"{x['value']:.{digits}f} [{x['low']:.{digits}f} {x['high']:.{digits}f}]" if x else "-"
     rows = [("run", "problems", "accuracy", "tokens per right", "thinking tokens", *(f"regret to {h}" for h in horizons))]
     rows += [(label, name, show(section["accuracy"], 3), show(section["tokens_per_correct"], 1),
               show(section["mean_thinking_tokens"], 1), *(show(section["regret"].get(h), 3) for h in horizons))

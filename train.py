@@ -165,7 +165,7 @@ def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:
         shown = task.problems("test", 24, "traces")
         traces = examples(model, task, shown, run.config, generator_for(run.config.seed, "traces", run.step))
     summary = {"warm_start": before["test"], **after, "ledger": run.ledger, "seconds": run.seconds, **provenance(run)}
-    run.write_json("summary.json", summary)
+    report.write_json(run.folder / "summary.json", summary)
     figures = run.folder / "figures"
     figures.mkdir(exist_ok=True)
     name = run.folder.name

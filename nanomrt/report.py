@@ -42,6 +42,13 @@ def show_rollout(example: dict) -> str:
     return "\n".join([*lines, f"      {example['answer']}   {'right' if example['reward'] else 'wrong'}"])
 
 
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(aside, path)
+
+
 def append_jsonl(path: Path, row: dict) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -7,7 +7,6 @@ state, because each stage of each step derives its own generator from (seed, sta
 """
 
 import hashlib
-import json
 import math
 import platform
 import resource
@@ -145,12 +144,6 @@ class Run:
         example = {"step": self.step, **example}
         report.append_jsonl(self.folder / "samples.jsonl", example)
         print(report.show_rollout(example), flush=True)
-
-    def write_json(self, name: str, value: dict) -> None:
-        """Write a file of the run's folder, whole or not at all."""
-        aside = self.folder / f".{name}.partial"
-        aside.write_text(json.dumps(value, indent=2) + "\n")
-        aside.replace(self.folder / name)
 
     def save(self, model: Llama, tokenizer, generation: dict, optimizer: torch.optim.Optimizer) -> None:
         """Write a checkpoint of this step, unless there is one."""
