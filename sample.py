@@ -5,6 +5,7 @@
     python sample.py out/small --budget 18,54,108                     one trace, stopped at several budgets side by side
 
 A budget counts thinking tokens. When it is used up, the policy is forced to answer. Without --prompt a test problem is drawn.
+One seed is one trace: neither --progress nor a smaller budget changes what is thought up to there.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.model import Llama
 from nanomrt.rollout import branch
+from nanomrt.run import generator_for
 from nanomrt.sampler import Sampling, Segments, prefill
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's folder, such as out/small")
+    parser.add_argument("run", type=Path, help="a run's folder, such as out/small, or one of its checkpoints")
     parser.add_argument("--prompt", help="numbers and a target, such as '3 7 4 target 25'")
     parser.add_argument("--budget", default="", help="thinking tokens; several, separated by commas, are shown side by side")
     parser.add_argument("--progress", action="store_true", help="show J after every episode")
@@ -34,24 +36,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top-k", type=int, default=0, help="draw from the likeliest k tokens only; 0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
 
+    check(args)
     model, task, config = load_run(args.run, args.device)
     try:
-        problem = task.parse(args.prompt) if args.prompt else task.problems("test", 1, args.seed)[0]
-        budgets = sorted(int(word) for word in (args.budget or str(config.thinking_budget)).split(","))
+        problem = task.parse(args.prompt) if args.prompt is not None else task.problems("test", 1, args.seed)[0]
     except ValueError as error:
         raise UserError(str(error)) from None
-    room = model.config.max_position_embeddings - len(task.prompt(problem)) - 2 * (len(task.forced_stop) + task.answer_tokens)
+    try:
+        budgets = sorted(int(word) for word in (args.budget or str(config.thinking_budget)).split(","))
+    except ValueError:
+        raise UserError(f"--budget={args.budget!r} must be whole numbers of tokens, such as 54 or 18,54,108") from None
+    room = model.config.max_position_embeddings - len(task.prompt(problem)) - len(task.forced_stop) - task.answer_tokens
     if not 0 <= budgets[0] <= budgets[-1] <= room:
         raise UserError(f"--budget must lie in 0..{room}: the model's context holds no more")
     sampling = Sampling(1, (), args.temperature, args.top_k, args.top_p)
-    generator = torch.Generator().manual_seed(args.seed)
     prompt = task.prompt(problem)
 
-    def answers(thinking: list[int], cache: Segments, count: int) -> list[list[int]]:
-        """`count` answers forced after `thinking`."""
+    def answers(thinking: list[int], cache: Segments, count: int, stage: str) -> list[list[int]]:
+        """`count` answers forced after `thinking`; `stage` names the random numbers that they draw."""
+        generator = generator_for(args.seed, stage, len(thinking))
         limit = replace(sampling, max_new_tokens=task.answer_tokens, stop_ids=(task.stop,))
         return branch(model, cache, [0] * count, [prompt + thinking] * count, [task.forced_stop] * count, limit, generator).rows()
 
@@ -59,31 +65,37 @@ def main(argv: list[str]) -> int:
         return task.grade(problem, task.tokenizer.decode(row))
 
     def J(thinking: list[int], cache: Segments) -> str:
-        return f"J {sum(map(right, answers(thinking, cache, args.forks))) / args.forks:.2f}" if args.progress else ""
+        if not args.progress:
+            return ""
+        return f"J {sum(map(right, answers(thinking, cache, args.forks, 'forks'))) / args.forks:.2f}"
 
     thinking, cache = [], prefill(model, [prompt])
     print(f"{task.show(prompt):<50} {J(thinking, cache)}")
-    for episode, cache in think(model, task, prompt, budgets[-1], sampling, generator):
+    for episode, cache in think(model, task, prompt, budgets[-1], sampling, args.seed):
         thinking = thinking + episode
         print(f"  {task.show(episode):<48} {J(thinking, cache)}", flush=True)
     if len(budgets) > 1:
         print(f"\n{'budget':>6} {'used':>6}  answer")
     for budget in budgets:
         stopped = thinking[:budget]
-        [row] = answers(stopped, cache, 1)
+        [row] = answers(stopped, cache, 1, "answer")
         verdict = "right" if right(row) else "wrong"
         print(f"{budget:>6} {len(stopped):>6}  " if len(budgets) > 1 else "  ", f"{task.show(row)}   {verdict}", sep="")
     return 0
 
 
 def think(model: Llama, task: Countdown, prompt: list[int], budget: int, sampling: Sampling,
-          generator: torch.Generator) -> Iterator[tuple[list[int], Segments]]:
-    """Each episode as soon as it is complete (or the budget is used up), with a cache that holds all tokens so far."""
+          seed: int) -> Iterator[tuple[list[int], Segments]]:
+    """Each episode as soon as it is complete (or the budget is used up), with a cache that holds all tokens so far.
+
+    Each piece draws from a generator of its own, so that the budget does not change what is thought before it is used up.
+    """
     marks = (task.open_episode, task.close_thinking, task.stop)
     context, episode, cache = list(prompt), [], prefill(model, [prompt])
     left = budget
     while left:
-        samples = branch(model, cache, [0], [context], [[]], replace(sampling, max_new_tokens=left, stop_ids=marks), generator)
+        limit, generator = replace(sampling, max_new_tokens=left, stop_ids=marks), generator_for(seed, "think", len(context))
+        samples = branch(model, cache, [0], [context], [[]], limit, generator)
         new, cache = samples.rows()[0][1:], samples.segments()  # the first token is the context's last one, given again
         left -= len(new)
         context = context + new
@@ -103,13 +115,28 @@ def think(model: Llama, task: Countdown, prompt: list[int], budget: int, samplin
         yield episode, cache
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for a number that nothing can be sampled with."""
+    rules = [(0 <= args.temperature < float("inf"), f"--temperature={args.temperature} must be 0 (greedy) or more"),
+             (args.top_k >= 0, f"--top-k={args.top_k} must be 0 (off) or more"),
+             (0 < args.top_p <= 1, f"--top-p={args.top_p} must lie in 0..1, above 0; 1 is off"),
+             (args.forks >= 1, f"--forks={args.forks} must be at least 1"),
+             (args.device == "cpu" or torch.cuda.is_available(), "--device=cuda, but PyTorch sees no GPU: use --device=cpu")]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
 def load_run(run: Path, device: str) -> tuple[Llama, Countdown, RunConfig]:
-    """The newest good checkpoint of a run, its task and its config."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+    """The newest good checkpoint of a run, or the one that `run` names itself; its task and its config."""
+    folder = run if (run / "model.safetensors").is_file() else None
+    settings = (run.resolve().parent.parent if folder else run) / "config.json"  # run/checkpoints/step-000060
+    if not settings.is_file():
+        raise UserError(f"{run} is no run: there is no {settings}; train one with python train.py config/small.py")
     try:
-        config = read_config(run / "config.json")
-        return checkpoint.load_model(checkpoint.newest(run / "checkpoints"), device), Countdown.from_config(config), config
+        config = read_config(settings)
+        model = checkpoint.load_model(folder or checkpoint.newest(run / "checkpoints"), device)
+        return model, Countdown.from_config(config), config
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -5,32 +5,54 @@ Nothing here computes anything that training reads. matplotlib is imported only 
 
 import html
 import json
+import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from nanomrt.config import UserError
 
 GOOD, BAD, FLAT = "28, 130, 190", "213, 94, 0", "128, 128, 128"  # blue, orange, grey: apart for every kind of eye
 
 
 def duration(seconds: float) -> str:
-    """Six characters at most.
+    """Six characters at most, below a hundred days.
 
-    >>> duration(7.2), duration(190), duration(3 * 3600 + 240)
-    ('7s', '3m10s', '3h04m')
+    >>> duration(7.2), duration(190), duration(3 * 3600 + 240), duration(30 * 3600 * 24)
+    ('7s', '3m10s', '3h04m', '30d00h')
     """
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"
     minutes, hours = seconds // 60, seconds // 3600
-    return f"{minutes}m{seconds % 60:02d}s" if hours == 0 else f"{hours}h{minutes % 60:02d}m"
+    if hours == 0:
+        return f"{minutes}m{seconds % 60:02d}s"
+    return f"{hours}h{minutes % 60:02d}m" if hours < 100 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def compact(x: float | None, width: int = 4) -> str:
+    """A number in exactly `width` characters (4 hold all from -1e9 to 1e99), without the zero before the point.
+
+    >>> compact(0.4126), compact(0.9999), compact(123.4), compact(12345.0), compact(-0.25, 4), compact(None)
+    ('.413', '1.00', ' 123', ' 1e4', '-.25', '   -')
+    """
+    if x is None or not math.isfinite(x):
+        return f"{'-' if x is None else x:>{width}}"
+    for decimals in reversed(range(width)):
+        text = re.sub(r"^(-?)0\.", r"\1.", f"{x:.{decimals}f}")
+        if len(text) <= width:
+            return f"{text:>{width}}"
+    return f"{re.sub(r'e[+]0*', 'e', f'{x:.0e}'):>{width}}"
 
 
 def step_line(row: dict, steps: int, eta: float) -> str:
-    """One line of fixed width per step, reward first."""
-    J = f"{row['J_first']:4.2f} > {row['J_last']:4.2f}" if row["J_last"] is not None else " " * 11
-    return (f"{row['step']:5d}/{steps:<5d} reward {row['reward']:5.3f}  J {J}  tokens {row['response_tokens']:5.0f}  "
-            f"finished {row['finished']:4.2f}  entropy {row['entropy']:4.2f}  grad {row['grad_norm']:5.2f}  "
-            f"|dlogp| {row['max_logprob_diff']:5.0e}  {row['tokens_per_second'] / 1000:5.1f}k tok/s  eta {duration(eta):>6}")
+    """One line per step, reward first; all lines of a run have one width, whatever happens in it."""
+    show = lambda key: compact(row[key])
+    return (f"{row['step']:>{len(str(steps)) + 2}}/{steps}  reward {show('reward')}  J {show('J_first')}>{show('J_last')}  "
+            f"tokens {show('response_tokens')}  finished {show('finished')}  entropy {show('entropy')}  "
+            f"grad {show('grad_norm')}  |dlogp| {row['max_logprob_diff']:5.0e}  "
+            f"{compact(row['tokens_per_second'] / 1000)}k tok/s  eta {duration(eta):>6}")
 
 
 def show_rollout(example: dict) -> str:
@@ -71,28 +93,30 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
 
 def training_figure(path: Path, runs: dict[str, Sequence[dict]]) -> None:
     """Reward, J before and after thinking, and tokens per rollout against the step, runs overlaid."""
-    import matplotlib
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for label, rows in runs.items():
         steps = [row["step"] for row in rows]
         axes[0].plot(steps, [row["reward"] for row in rows], label=label)
-        if rows and rows[0]["J_last"] is not None:
-            line = axes[1].plot(steps, [row["J_last"] for row in rows], label=f"{label}: after the last episode")[0]
-            axes[1].plot(steps, [row["J_first"] for row in rows], "--", color=line.get_color(), label="before the first")
+        first, last = ([math.nan if row[key] is None else row[key] for row in rows] for key in ("J_first", "J_last"))
+        if not all(map(math.isnan, last)):  # a step without an episode is a gap in the line
+            line = axes[1].plot(steps, last, label=f"{label}: after the last episode")[0]
+            axes[1].plot(steps, first, "--", color=line.get_color(), label="before the first")
         axes[2].plot(steps, [row["response_tokens"] for row in rows], label=label)
     for axis, title in zip(axes, ("reward", "J", "tokens per rollout")):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    if runs:
+        axes[0].legend(frameon=False)
     if axes[1].lines:
         axes[1].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 STYLE = """
@@ -134,4 +158,4 @@ answer. An episode's progress is J after it minus J before it: <b style="color: 
 <b style="color: rgb({BAD})">orange</b> lost, grey changed nothing.</p>
 {"".join(cards)}
 </body></html>
-""")
+""", encoding="utf-8")

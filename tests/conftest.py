@@ -6,6 +6,8 @@ import torch
 from data.countdown import Countdown
 from nanomrt.model import Llama, ModelConfig
 
+torch.set_num_threads(1)  # the models of the tests are too small to share out
+
 
 @pytest.fixture(scope="session")
 def task() -> Countdown:

@@ -11,20 +11,36 @@ from nanomrt import report
 def row(rng: random.Random, step: int, outcome_only: bool = False) -> dict:
     J = None if outcome_only else rng.random()
     return {"step": step, "reward": rng.random(), "J_first": J, "J_last": J, "response_tokens": rng.uniform(1, 9999),
-            "finished": rng.random(), "entropy": rng.uniform(0, 9), "grad_norm": rng.uniform(0, 99),
-            "max_logprob_diff": 10 ** rng.uniform(-9, 1), "tokens_per_second": rng.uniform(1, 9e5)}
+            "finished": rng.random(), "entropy": rng.uniform(0, 9), "grad_norm": 10 ** rng.uniform(-6, 9),
+            "max_logprob_diff": 10 ** rng.uniform(-9, 1), "tokens_per_second": 10 ** rng.uniform(0, 9)}
 
 
 def test_all_step_lines_have_one_width():
     rng = random.Random(0)
     lines = [report.step_line(row(rng, rng.randint(1, 9999), outcome_only=i % 3 == 0), 9999, rng.uniform(0, 80_000))
              for i in range(300)]
+    broken = {"grad_norm": float("nan"), "reward": float("inf"), "max_logprob_diff": float("nan")}
+    lines += [report.step_line(row(rng, 1) | {name: value}, 9999, 8e6) for name, value in broken.items()]
     assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("x", [0.0, -0.0, 1e-9, 0.99949, 0.9996, 9.996, 99.96, 999.6, 9999.6, 1e12, -0.5, -1e8, None,
+                               float("-inf")])
+def test_compact_numbers_have_their_width_and_mean_what_they_say(x):
+    text = report.compact(x)
+    assert len(text) == 4
+    if x is not None:
+        assert float(text) == pytest.approx(x, rel=0.05, abs=0.001)
+
+
+@pytest.mark.parametrize("seconds", [0, 59.4, 59.6, 3599.6, 359_999, 360_000, 99 * 86_400])
+def test_durations_take_six_characters_at_most(seconds):
+    assert len(report.duration(seconds)) <= 6
 
 
 def test_the_reward_comes_first():
     line = report.step_line(row(random.Random(0), 3) | {"reward": 0.123}, 60, 190)
-    assert line.split()[:3] == ["3/60", "reward", "0.123"] and line.endswith("3m10s")
+    assert line.split()[:3] == ["3/60", "reward", ".123"] and line.endswith("3m10s")
 
 
 def test_rows_after_the_resumed_step_and_half_written_ones_go(tmp_path):
@@ -75,4 +91,6 @@ def test_the_training_figure_is_drawn_with_and_without_J(tmp_path):
     rows = {"mrt": [row(rng, i) for i in range(3)], "grpo": [row(rng, i, outcome_only=True) for i in range(3)]}
     report.training_figure(tmp_path / "a.png", rows)
     report.training_figure(tmp_path / "b.png", {"grpo": rows["grpo"]})
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
+    report.training_figure(tmp_path / "c.png", {"a gap": [rows["grpo"][0], *rows["mrt"]], "nothing yet": []})
+    report.training_figure(tmp_path / "d.png", {})
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png", "c.png", "d.png"))
