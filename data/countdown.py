@@ -220,7 +220,7 @@ class Countdown:
 
     def parse(self, text: str) -> Problem:
         """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises ValueError with an example."""
-        numbers = [int(word) for word in re.findall(r"[0-9]+", text)]
+        numbers = [int(word) for word in re.findall(r"-?[0-9]+", text)]
         if len(numbers) != self.numbers + 1:
             raise ValueError(f"expected {self.numbers} numbers and a target, such as '3 7 4 target 25', not {text!r}")
         if not all(1 <= number <= self.max_value for number in numbers):

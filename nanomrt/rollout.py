@@ -136,14 +136,15 @@ class Collected:
                         "episodes": len(E.row) / len(batch.lengths)}
         return metrics
 
-
     def example(self, task) -> dict:
-        """The batch's first rollout, with what is known of its J."""
-        E, J = self.episodes, []
-        if E is not None:
-            mine = E.row == 0
-            J = E.J_before[mine][:1].tolist() + E.J_after[mine].tolist()
-        return example(task, self.rollouts, 0, J)
+        """The batch's first rollout with an episode, and its J if it is known at every boundary (in the prefix form it is
+        known at two)."""
+        E, row, J = self.episodes, 0, []
+        if E is not None and len(E.row):
+            row = int(E.row[0])
+            J = E.J_before[:1].tolist() + E.J_after[E.row == row].tolist()
+        episodes = len(task.episode_ends(self.rollouts.response(row)))
+        return example(task, self.rollouts, row, J if len(J) == episodes + 1 else [])
 
 
 def training_sampling(task, config: RunConfig) -> Sampling:

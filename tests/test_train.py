@@ -109,12 +109,18 @@ def test_alpha_zero_is_grpo_bit_for_bit_and_mrt_is_not(finished, out):
 
 
 @pytest.mark.parametrize("words", [
-    ["--algorithm=mrt"], ["--kl_coef=0.1"], ["--kl_coef=0.1", "--kl_estimator=k3"], ["--kl_coef=0.1", "--kl_estimator=k1_reward"],
+    ["--kl_coef=0.1"], ["--kl_coef=0.1", "--kl_estimator=k3"], ["--kl_coef=0.1", "--kl_estimator=k1_reward"],
     ["--loss_norm=sequence", "--truncated=mask"], ["--forks=2", "--fork_temperature=1", "--gamma=0.5", "--advantage_norm=mean"],
 ])
 def test_every_switch_trains(out, words):
     run = run_tiny(out, "--steps=2", *words)
     assert all(abs(row["grad_norm"]) < 1e3 and row["skipped"] == 0 for row in metrics(run))
+
+
+def test_the_prefix_form_measures_one_episode_of_each_continuing_rollout(out):
+    """Half of a group is forced to stop, so at most half of the rollouts have an episode, and none has more than one."""
+    rows = metrics(run_tiny(out, "--algorithm=mrt", "--steps=2"))
+    assert all(0 < row["episodes"] <= 0.5 and row["fork_tokens"] > 0 for row in rows)
 
 
 def test_micro_batches_change_nothing_but_rounding(finished, out):
