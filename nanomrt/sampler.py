@@ -144,7 +144,9 @@ class BranchCache:
         limit[self.place] = position
         seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
         self.unseen = torch.where(seen, 0.0, -1e30)
-        self.shared_keys, self.shared_values = self.prefix.keys[:, used], self.prefix.values[:, used]
+        whole = len(used) == len(self.prefix.positions)  # then nothing has to be copied
+        self.shared_keys = self.prefix.keys if whole else self.prefix.keys[:, used]
+        self.shared_values = self.prefix.values if whole else self.prefix.values[:, used]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, t = self.live, self.length
