@@ -140,9 +140,13 @@ def last_answer(response: str) -> str | None:
 
 
 class Countdown:
-    """The task: problems, prompts, warm-start traces, episode boundaries, forced stop and grading.
+    """The task, and all that training, sampling and evaluation know of it. Another task offers the same names:
 
-    This is the whole interface that the trainer, the sampler and the evaluation use; another task offers the same names.
+    problems, prompt, parse, show      what is asked, as objects, tokens, from a user and for the eye
+    warm_trace, audit                  what the warm start learns, and what it must be able to do
+    episode_ends, forced_stop          where an episode ends; the tokens that end the thinking and ask for the answer
+    grade                              the verdict on a response
+    tokenizer, stop, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
     """
 
     def __init__(self, *, numbers: int = RunConfig.numbers, used: int = RunConfig.used, number_max: int = RunConfig.number_max,
