@@ -76,6 +76,11 @@ class Packed:
         return kernels.attention(q, k, v, self.cu_seqlens, self.max_seqlen)
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products run in: bf16 on a GPU (with fp32 sums), fp32 on a CPU, where bf16 is slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (N,1,D) of each position's angles; pair i of D/2 turns by position · theta^(-2i/D)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
@@ -181,14 +186,14 @@ class Llama(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        return self.lm_head.weight  # (V,C)
+        """(V,C), in the type of the hidden states."""
+        return self.lm_head.weight.to(compute_dtype(self.lm_head.weight.device))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)  # (N,1,D)
         x = self.model.embed_tokens(input_ids)  # (N,C)
-        # On a GPU the matrix products run in bf16. Weights and residual stream stay fp32: an update smaller than a bf16
-        # step must not be lost, and sampler and trainer must round alike.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        # Weights and residual stream stay fp32: an update smaller than a bf16 step must not be lost.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             for block in self.model.layers:
                 x = block(x, cos, sin, attend)
-        return self.model.norm(x)  # (N,C)
+        return self.model.norm(x).to(compute_dtype(x.device))  # (N,C)

@@ -204,7 +204,7 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     logprobs = torch.zeros(R, T, device=device)
     lengths = forced.clone()
     stopped = torch.zeros(R, dtype=torch.bool, device=device)
-    cache = BranchCache(prefix, branches, T)
+    cache, head = BranchCache(prefix, branches, T), model.head
     active = torch.ones(R, dtype=torch.bool, device=device)  # (live,) of the slots, which still need a token
 
     while cache.live:
@@ -214,7 +214,7 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
         if t + 1 == T:
             break  # the rows that are left were cut off; their last token is cached now
         free = active & (forced[row] <= t + 1) & (ends[row] > t + 1)  # slots that draw their next token now
-        drawn, logprob = draw(hidden @ model.head.T, uniform[t + 1, row], sampling)  # (live,), (live,)
+        drawn, logprob = draw(kernels.logits(hidden, head), uniform[t + 1, row], sampling)  # (live,), (live,)
         if sampling.replace:
             drawn = torch.where(drawn == sampling.replace[0], sampling.replace[1], drawn)
         at = row[free]
