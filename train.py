@@ -134,14 +134,20 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         seen["grad_norm"] += norm / config.minibatches
         if run.accept_gradient(norm):
-            warm = (run.step * config.minibatches + index + 1) / max(config.warmup_steps, 1)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, warm)
+                group["lr"] = learning_rate(config, run.step * config.minibatches + index)
             optimizer.step()
     tokens = int(seen.pop("tokens"))
     run.ledger["update"] += tokens
     return {**seen, "entropy": seen["entropy"] / max(tokens, 1), "clip_fraction": seen["clip_fraction"] / max(tokens, 1),
             "learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def learning_rate(config: RunConfig, done: int) -> float:
+    """Of the optimiser step after `done` others: a linear rise, and a linear fall to `learning_rate_end` at the run's end."""
+    rise = min(1.0, (done + 1) / max(config.warmup_steps, 1))
+    fall = 1 - (1 - config.learning_rate_end) * done / (config.steps * config.minibatches)
+    return config.learning_rate * rise * fall
 
 
 def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:

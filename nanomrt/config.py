@@ -107,6 +107,7 @@ class RunConfig:
 
     # optimiser of the RL stage: AdamW
     learning_rate: float = key(5e-4, "peak learning rate")
+    learning_rate_end: float = key(0.0, "share of it that is left at the end, after a linear decay; 1 keeps it constant")
     warmup_steps: int = key(10, "optimiser steps of linear warm-up")
     weight_decay: float = key(0.0, "decoupled weight decay")
     grad_clip: float = key(1.0, "largest gradient norm")
@@ -147,6 +148,7 @@ class RunConfig:
              "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "
              "micro_batch_tokens, eval_problems and eval_samples must be at least 1"),
             (self.learning_rate > 0, "learning_rate must be positive"),
+            (0 <= self.learning_rate_end <= 1, "learning_rate_end must lie in 0..1: it is a share of learning_rate"),
             (self.forks == 1 or self.fork_temperature > 0,
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
             (self.num_attention_heads % self.num_key_value_heads == 0,

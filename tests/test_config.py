@@ -125,6 +125,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--alpha=-1", "alpha must not be negative"),
     ("", "--alpha=nan", "alpha"),
     ("", "--gamma=1.5", r"gamma must lie in 0\.\.1"),
+    ("", "--learning_rate_end=2", r"learning_rate_end must lie in 0\.\.1"),
     ("", "--forks=4", "forks=4 greedy answers would all be the same: set fork_temperature"),
     ("", "--num_attention_heads=3", "num_attention_heads must be a multiple of num_key_value_heads"),
     ("", "--num_key_value_heads=0", "num_key_value_heads"),

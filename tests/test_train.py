@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,18 @@ def test_non_finite_gradients_are_skipped_and_three_in_a_row_stop(tmp_path):
     assert not run.accept_gradient(float("nan")) and not run.accept_gradient(float("nan"))
     with pytest.raises(UserError, match="lower learning_rate"):
         run.accept_gradient(float("nan"))
+
+
+def test_learning_rate_rises_and_falls():
+    """Linear over the warm-up, then a straight line to learning_rate_end at the end of the run; 1 keeps it constant."""
+    keys = {"steps": "10", "minibatches": "2", "warmup_steps": "4", "learning_rate": "0.8"}
+    config = load_config(ROOT / "config/tiny.py", keys)
+    rates = [train.learning_rate(config, done) for done in range(20)]
+    assert rates == pytest.approx([0.8 * min(1, (done + 1) / 4) * (20 - done) / 20 for done in range(20)])
+    half = replace(config, learning_rate_end=0.5)
+    assert train.learning_rate(half, 19) == pytest.approx(0.8 * (1 - 0.5 * 19 / 20))
+    constant = replace(config, learning_rate_end=1.0, warmup_steps=0)
+    assert [train.learning_rate(constant, done) for done in range(20)] == [0.8] * 20
 
 
 def test_a_skipped_update_leaves_the_parameters_alone(out, monkeypatch):
