@@ -82,6 +82,7 @@ class RunConfig:
     num_attention_heads: int = key(4, "query heads")
     num_key_value_heads: int = key(2, "key/value heads")
     head_dim: int = key(32, "size of a head")
+    qk_norm: bool = key(False, "normalise each head's queries and keys, as in Qwen3")
     max_position_embeddings: int = key(256, "context length, in tokens")
 
     # rollouts
@@ -160,6 +161,7 @@ class RunConfig:
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}
+BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
 def describe() -> str:
@@ -175,8 +177,8 @@ def _typed(name: str, value: Any, source: str) -> Any:
     wanted = KEYS[name].type
     if source == "command line" and wanted is not str:
         try:
-            return wanted(value)
-        except ValueError:
+            return BOOLS[value.lower()] if wanted is bool else wanted(value)
+        except (KeyError, ValueError):
             raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}") from None
     if wanted is float and type(value) is int:
         return float(value)

@@ -70,7 +70,7 @@ def warm_start(model: Llama, task, config: RunConfig) -> Iterator[float]:
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
 SHAPING_KEYS = ("seed", "numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
                 "ood_target_min", "ood_max_solutions", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "grad_clip")
+                "num_attention_heads", "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
 
 GATE_ADVICE = {
     "result": "intermediate results are often wrong: raise warm_steps",

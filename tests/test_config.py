@@ -73,6 +73,13 @@ def test_whole_numbers_become_floats_where_floats_are_wanted(tmp_path, text, arg
     assert alpha == 2.0 and type(alpha) is float
 
 
+@pytest.mark.parametrize("text, arguments, value", [("", ("--qk_norm=True",), True),
+                                                    ("qk_norm = True", ("--qk_norm=false",), False)])
+def test_booleans_on_the_command_line(tmp_path, text, arguments, value):
+    """The words true and false, in any case; not what Python's bool makes of a text."""
+    assert load(tmp_path, text, *arguments).qk_norm is value
+
+
 def test_one_file_may_build_on_another(tmp_path):
     """`base` names a file beside this one; what is assigned here wins, whatever the line's place."""
     (tmp_path / "ground.py").write_text("steps = 5\nalpha = 0.25\n")
@@ -95,6 +102,8 @@ def test_one_file_may_build_on_another(tmp_path):
     # wrong types in a file
     ("steps = 1.5", "", "run.py: steps=1.5 must be int, not float"),
     ("steps = True", "", "steps=True must be int, not bool"),
+    ("qk_norm = 1", "", "qk_norm=1 must be bool, not int"),
+    ("", "--qk_norm=yes", "qk_norm='yes' must be bool"),
     ("alpha = False", "", "alpha=False must be float, not bool"),
     ("alpha = None", "", "alpha=None must be float, not NoneType"),
     ("device = 0", "", "device=0 must be str, not int"),
@@ -224,7 +233,7 @@ def test_every_key_is_described():
     lines = describe().splitlines()
     assert len(lines) == len(KEYS) == len(fields(RunConfig))
     for line, field in zip(lines, fields(RunConfig), strict=True):
-        assert field.type in (int, float, str) and type(field.default) is field.type and field.metadata["meaning"]
+        assert field.type in (int, float, bool, str) and type(field.default) is field.type and field.metadata["meaning"]
         assert re.match(rf"\s+--{field.name}\s+{field.type.__name__}\s", line)
         assert repr(field.default) in line and line.endswith(field.metadata["meaning"])
 
