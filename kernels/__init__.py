@@ -5,13 +5,15 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import branch_attention
 
 try:
     from kernels.attention import attention as fused_attention
+    from kernels.decode import branch_attention as fused_branch_attention
     from kernels.logprob import token_logprobs as fused_token_logprobs
 except ImportError:  # no Triton for this platform, and so no CUDA either
-    fused_attention, fused_token_logprobs = reference.attention, reference.token_logprobs
+    from kernels.reference import attention as fused_attention
+    from kernels.reference import branch_attention as fused_branch_attention
+    from kernels.reference import token_logprobs as fused_token_logprobs
 
 __all__ = ["attention", "branch_attention", "logits", "token_logprobs"]
 
@@ -19,6 +21,13 @@ __all__ = ["attention", "branch_attention", "logits", "token_logprobs"]
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D)."""
     return (fused_attention if q.is_cuda else reference.attention)(q, k, v, cu_seqlens, max_seqlen)
+
+
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
+                     suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
+    """One new token per row against a prefix that rows share and a suffix of its own. q (R,H,D) -> (R,H,D)."""
+    chosen = fused_branch_attention if q.is_cuda else reference.branch_attention
+    return chosen(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

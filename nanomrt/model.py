@@ -81,6 +81,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Products in `compute_dtype`; weights and residual stream stay fp32, or an update smaller than a bf16 step would be lost.
+    The outermost context keeps the weights' bf16 copies, so a loop over forward passes opens one around itself."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (N,1,D) of each position's angles; pair i of D/2 turns by position · theta^(-2i/D)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
@@ -192,8 +198,7 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         cos, sin = rotary(position_ids, self.config.head_dim, self.config.rope_theta)  # (N,1,D)
         x = self.model.embed_tokens(input_ids)  # (N,C)
-        # Weights and residual stream stay fp32: an update smaller than a bf16 step must not be lost.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        with mixed_precision(x.device):
             for block in self.model.layers:
                 x = block(x, cos, sin, attend)
         return self.model.norm(x).to(compute_dtype(x.device))  # (N,C)

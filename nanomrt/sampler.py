@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from nanomrt.model import Llama, Packed
+from nanomrt.model import Llama, Packed, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
 
@@ -207,25 +207,26 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     cache, head = BranchCache(prefix, branches, T), model.head
     active = torch.ones(R, dtype=torch.bool, device=device)  # (live,) of the slots, which still need a token
 
-    while cache.live:
-        t, row = cache.length, cache.row[: cache.live]
-        hidden = model(tokens[row, t], branches.position[row] + t, cache)  # (live,C)
-        cache.length += 1
-        if t + 1 == T:
-            break  # the rows that are left were cut off; their last token is cached now
-        free = active & (forced[row] <= t + 1) & (ends[row] > t + 1)  # slots that draw their next token now
-        drawn, logprob = draw(kernels.logits(hidden, head), uniform[t + 1, row], sampling)  # (live,), (live,)
-        if sampling.replace:
-            drawn = torch.where(drawn == sampling.replace[0], sampling.replace[1], drawn)
-        at = row[free]
-        tokens[at, t + 1], logprobs[at, t + 1] = drawn[free], logprob[free]
-        lengths[at] += 1
-        stop = free & torch.isin(drawn, stop_ids)
-        stopped[row[stop]] = True
-        active = active & ~stop & (ends[row] > t + 1)
-        if int(active.sum()) <= 0.875 * cache.live:  # moving rows costs more than an idle eighth
-            cache.keep(active)
-            active = active.new_ones(cache.live)
+    with mixed_precision(device):
+        while cache.live:
+            t, row = cache.length, cache.row[: cache.live]
+            hidden = model(tokens[row, t], branches.position[row] + t, cache)  # (live,C)
+            cache.length += 1
+            if t + 1 == T:
+                break  # the rows that are left were cut off; their last token is cached now
+            free = active & (forced[row] <= t + 1) & (ends[row] > t + 1)  # slots that draw their next token now
+            drawn, logprob = draw(kernels.logits(hidden, head), uniform[t + 1, row], sampling)  # (live,), (live,)
+            if sampling.replace:
+                drawn = torch.where(drawn == sampling.replace[0], sampling.replace[1], drawn)
+            at = row[free]
+            tokens[at, t + 1], logprobs[at, t + 1] = drawn[free], logprob[free]
+            lengths[at] += 1
+            stop = free & torch.isin(drawn, stop_ids)
+            stopped[row[stop]] = True
+            active = active & ~stop & (ends[row] > t + 1)
+            if int(active.sum()) <= 0.875 * cache.live:  # moving rows costs more than an idle eighth
+                cache.keep(active)
+                active = active.new_ones(cache.live)
 
     step = torch.arange(T, device=device)
     is_action = (step >= forced[:, None]) & (step < lengths[:, None])

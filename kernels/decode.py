@@ -1,0 +1,134 @@
+"""Attention of one new token per row over a prefix that rows share and a suffix of its own: the Triton twin of
+`reference.branch_attention`.
+
+Decoding is bound by memory: a query meets each cached key once, so the time is the time to read the cache. Two things help. The
+branches of a segment are served together, so that 16 forks of one trace read it once and not 16 times; and the keys are cut into
+chunks of CHUNK entries, so that few rows still fill a GPU. A program takes one chunk of one segment for a tile of its
+(branch, head) pairs and keeps, as in `kernels/attention.py`,
+
+    (1) lse_c = log2 sum_n 2^(s_n)        (2) out_c = sum_n 2^(s_n - lse_c) v_n        over the entries n that the row sees
+
+A second kernel joins a row's chunks, prefix first, from the first to the last:
+
+    (3) out = sum_c 2^(lse_c - lse) out_c,   lse = log2 sum_c 2^(lse_c)
+
+       segment s      |  chunk 0  |  chunk 1  |        row r's suffix     |  chunk 0  |
+    branch 0, head 0  | o o o o o | o o . . . |        head 0             | o o o     |     o seen, . hidden: a branch that
+    branch 0, head 1  | o o o o o | o o . . . |        head 1             | o o o     |     left its segment early sees less
+    branch 1, head 0  | o o o . . | . . . . . |
+
+A chunk of which a row sees nothing has lse -1e30 and so the weight 0, exactly. Chunks and tiles do not depend on the batch, so a
+row's bits don't either. A suffix is a segment that one branch uses: the same kernel serves both.
+Dimension key: R rows, S segments, M branches of a segment, L entries, H query heads, K key/value heads, G = H/K, D head dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+CHUNK = 512  # entries; fixed, or a row's bits would depend on the batch
+
+
+# --- Device code ---
+
+
+@triton.jit(do_not_specialize=["M", "L", "R", "first_part"])
+def chunk_kernel(q, k, v, unseen, group, place, part_out, part_lse, stride_s, stride_k, stride_l, M, L, R, first_part, scale,
+                 G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
+                 BN: tl.constexpr):
+    """(1) and (2) of one chunk of a segment's key/value head, for BR of its (branch, head) pairs."""
+    segment, shared, chunk = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    pair, d = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    branch, head, real = segment * M + pair // G, shared * G + pair % G, pair // G < M
+    if group is None:
+        row = branch  # a suffix: its segment's only branch
+    else:
+        row = tl.load(group + branch, mask=real, other=0).to(tl.int32)
+        real &= tl.load(place + row) == branch  # a place without a branch names some row, too
+    tile_q = tl.load(q + (row * (K * G) + head)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    m, l, o = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR, BD], tl.float32)
+    first = segment.to(tl.int64) * stride_s + shared.to(tl.int64) * stride_k
+    for n in tl.range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), BN):
+        entry = n + tl.arange(0, BN)
+        where, inside = first + entry[:, None].to(tl.int64) * stride_l + d[None, :], (entry < L)[:, None] & (d < D)[None, :]
+        tile_k = tl.load(k + where, mask=inside, other=0.0)
+        if unseen is None:
+            seen = (entry < L)[None, :]
+        else:
+            mask = real[:, None] & (entry < L)[None, :]
+            seen = tl.load(unseen + branch[:, None].to(tl.int64) * L + entry[None, :], mask=mask, other=-1e30) == 0.0
+        s = tl.where(seen, tl.dot(tile_q, tile_k.T, input_precision="ieee") * scale, -1e30)  # (BR,BN)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        p, shrink = tl.exp2(s - m_new[:, None]), tl.exp2(m - m_new)
+        l = l * shrink + tl.sum(p, 1)
+        tile_v = tl.load(v + where, mask=inside, other=0.0)
+        o = tl.dot(p.to(tile_v.dtype), tile_v, o * shrink[:, None], input_precision="ieee")
+        m = m_new
+    part = ((first_part + chunk).to(tl.int64) * R + row) * (K * G) + head
+    tl.store(part_lse + part, m + tl.log2(l), mask=real)  # (1)
+    tl.store(part_out + part[:, None] * D + d[None, :], o / l[:, None], mask=real[:, None] & (d < D)[None, :])  # (2)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def merge_kernel(part_out, part_lse, out, parts, D: tl.constexpr, BD: tl.constexpr):
+    """(3) for one head of one row."""
+    R, H = tl.num_programs(0), tl.num_programs(1)
+    here, d = tl.program_id(0).to(tl.int64) * H + tl.program_id(1), tl.arange(0, BD)
+    m, l, o = tl.full([1], -1e30, tl.float32), tl.zeros([1], tl.float32), tl.zeros([BD], tl.float32)
+    for part in range(parts):
+        place = here + part * (R * H).to(tl.int64)
+        lse = tl.load(part_lse + place)
+        m_new = tl.maximum(m, lse)
+        shrink, weight = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+        o = o * shrink + weight * tl.load(part_out + place * D + d, mask=d < D, other=0.0)
+        l = l * shrink + weight
+        m = m_new
+    tl.store(out + here * D + d, (o / l).to(out.dtype.element_ty), mask=d < D)
+
+
+# --- Host code ---
+
+
+class Tile(NamedTuple):
+    BR: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(q: Tensor, shared: bool) -> Tile:
+    """Many rows meet a shared prefix, G rows a suffix. The largest tiles found that spill no register on any architecture."""
+    wide = q.shape[2] > 128
+    if q.dtype == torch.float32:
+        return Tile(32 if shared and not wide else 16, 32, 4, 1)
+    return Tile(64, 64, 8, 2) if shared and not wide else Tile(16, 32 if wide else 64, 4, 2)
+
+
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
+                     suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
+    """One new token per row against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D); no gradient.
+
+    prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D): see `reference`.
+    A value lies as its key does, its D numbers side by side.
+    """
+    (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
+    prefix_parts, suffix_parts = triton.cdiv(L, CHUNK), triton.cdiv(t, CHUNK)
+    part_out, part_lse = (torch.empty(prefix_parts + suffix_parts, R, H, *size, dtype=torch.float32, device=q.device)
+                          for size in ((D,), ()))
+    q, out, BD = q.contiguous(), q.new_empty(R, H, D), max(16, triton.next_power_of_2(D))
+    constants = dict(scale=D**-0.5 * LOG2E, G=H // K, K=K, D=D, BD=BD, CHUNK=CHUNK)
+    if prefix_parts:
+        tile = tile_of(q, shared=True)
+        chunk_kernel[S * K, prefix_parts, triton.cdiv(M * H // K, tile.BR)](
+            q, prefix_k, prefix_v, unseen.contiguous(), group, place, part_out, part_lse, *prefix_k.stride()[:3], M, L, R, 0,
+            **constants, **tile._asdict())
+    tile = tile_of(q, shared=False)
+    chunk_kernel[R * K, suffix_parts, triton.cdiv(H // K, tile.BR)](
+        q, suffix_k, suffix_v, None, None, None, part_out, part_lse, *suffix_k.stride()[:3], 1, t, R, prefix_parts,
+        **constants, **tile._asdict())
+    merge_kernel[R, H](part_out, part_lse, out, prefix_parts + suffix_parts, D=D, BD=BD, num_warps=1)
+    return out
