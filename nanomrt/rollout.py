@@ -88,16 +88,20 @@ def force_answers(model: Llama, task, rollouts: Rollouts, row: Sequence[int], po
                   temperature: float, generator: torch.Generator | None) -> tuple[Tensor, int]:
     """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict.
 
-    Every fork branches from its trace's cache. Returns J (len(row),) fp32 and the number of tokens generated.
+    Every fork branches from its trace's cache. Equal contexts have equal J and are asked once: all rollouts of a prompt share
+    J_0, and many share their first attempt. Returns J (len(row),) fp32 and the number of tokens generated.
     """
     if not row:
         return torch.zeros(0), 0
-    rows = [r for r in row for _ in range(forks)]
-    contexts = [rollouts.tokens[r][:p] for r, p in zip(row, position) for _ in range(forks)]
+    contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
+    asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
+    rows = [r for r in asked.values() for _ in range(forks)]
     sampling = Sampling(task.answer_tokens, (task.stop,), temperature)
-    samples = branch(model, rollouts.samples.segments(), rows, contexts, [task.forced_stop] * len(rows), sampling, generator)
-    verdicts = grade(task, [rollouts.problems[r] for r in rows], samples.rows())
-    return torch.tensor(verdicts).view(-1, forks).mean(1).to(model.head.device), samples.generated
+    samples = branch(model, rollouts.samples.segments(), rows, [context for context in asked for _ in range(forks)],
+                     [task.forced_stop] * len(rows), sampling, generator)
+    verdicts = torch.tensor(grade(task, [rollouts.problems[r] for r in rows], samples.rows())).view(-1, forks).mean(1)
+    J = dict(zip(asked, verdicts.tolist()))
+    return torch.tensor([J[context] for context in contexts], device=model.head.device), samples.generated
 
 
 def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:

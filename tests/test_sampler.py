@@ -474,7 +474,19 @@ def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
     expected = [task.grade(rollouts.problems[r], task.tokenizer.decode(answer))
                 for (r, _), answer in zip(places, answers, strict=True)]
     torch.testing.assert_close(J, torch.tensor(expected), atol=1e-6, rtol=0)
-    assert generated == sum(len(answer) - 2 for answer in answers)  # the ledger counts what was drawn, not what was forced
+    asked = {tuple(context): answer for context, answer in zip(contexts, answers, strict=True)}
+    assert len(asked) < len(contexts)  # J_0 of a prompt is asked once for all of its rollouts
+    assert generated == sum(len(answer) - 2 for answer in asked.values())  # what was drawn counts, not what was forced
+
+
+def test_rollouts_with_equal_contexts_share_their_forks(model, rollouts):
+    """Also sampled answers: J_0 of a prompt is one estimate, not one per rollout."""
+    row, position = boundaries(Fingerprint(), rollouts)
+    J, _ = force_answers(model, Fingerprint(), rollouts, row, position, 2, 1.0, generator())
+    first = {}
+    for r, p, value in zip(row, position, J.tolist(), strict=True):
+        assert first.setdefault(tuple(rollouts.tokens[r][:p]), value) == value
+    assert len(first) < len(row)
 
 
 def test_several_forks_are_averaged_per_boundary(model, rollouts):
