@@ -1,0 +1,173 @@
+"""How fast the sampler is: beside its own matrix products, beside the same work without shared prefixes, and beside Hugging
+Face's `generate` where `transformers` is installed.
+
+    python -m nanomrt.bench             tables on the screen and results/sampler-<machine>.json
+    python -m nanomrt.bench --dry-run   the same program on tiny sizes, in seconds
+
+decode   R prompts of 8 tokens, 70 new tokens each, nobody stops: tokens per second. `products` is the floor: the same linear
+         layers and nothing else.
+forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
+         with every context prefilled again.
+
+Providers take turns, each figure is the median of the repetitions, and weights and tokens are random. Timing belongs here and
+never in a test.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.countdown import Countdown
+from nanomrt import checkpoint
+from nanomrt.model import Llama, ModelConfig, mixed_precision
+from nanomrt.run import commit
+from nanomrt.sampler import Branches, Sampling, generate, prefill
+
+PROMPT, NEW = 8, 70  # tokens
+TRACE, ANSWER, FORKS = 108, 8, 12
+
+
+def small_llama(task: Countdown, device: str) -> Llama:
+    """0.36M parameters, like the model of the published figures for a CPU."""
+    config = ModelConfig(vocab_size=len(task.tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=256)
+    return Llama(config).initialise(torch.Generator().manual_seed(0)).to(device)
+
+
+def medians(providers: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
+    """Seconds of each provider: one call to warm up, then all in turn, `repeats` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for name, call in tqdm([*providers.items()] * (repeats + 1), desc=label, leave=False):
+        began = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (rows, length), generator=generator).tolist()
+
+
+# --- Providers ---
+
+
+def ours(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
+    """Prefill and `NEW` sampled tokens per row; no token stops."""
+    branches = Branches.of(range(len(prompts)), [len(p) - 1 for p in prompts], [[p[-1]] for p in prompts], model.head.device)
+    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()), torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def products(model: Llama, rows: int) -> Callable[[], object]:
+    """The linear layers and the head of NEW decoding steps, and nothing else."""
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=w.device) for w in weights}
+
+    @torch.no_grad()
+    def multiply() -> None:
+        with mixed_precision(weights[0].device):
+            for _ in range(NEW):
+                for weight in weights:
+                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return multiply
+
+
+def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]]) -> Callable[[], object] | None:
+    """`generate` of transformers with the same weights and the same sampling; None where it is not installed."""
+    try:
+        from transformers import LlamaForCausalLM
+    except ImportError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder) / "model", model, task.tokenizer, {})
+        theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model").to(model.head.device, model.head.dtype)
+    ids = torch.tensor(prompts, device=model.head.device)
+    mask = torch.ones_like(ids)
+    return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW,
+                                   pad_token_id=0, eos_token_id=None)
+
+
+def forked(model: Llama, traces: list[list[int]], places: list[tuple[int, int]]) -> Callable[[], object]:
+    """Answers as branches of traces that are cached already, as in training."""
+    segments = prefill(model, traces)
+    branches = Branches.of([t for t, _ in places], [p for _, p in places], [[1, 2]] * len(places), model.head.device)
+    return lambda: generate(model, segments, branches, Sampling(ANSWER, (), 0.0))
+
+
+def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[int, int]]) -> Callable[[], object]:
+    """The same answers, each from a context of its own."""
+    contexts = [traces[t][:p] for t, p in places]
+    branches = Branches.of(range(len(places)), [p for _, p in places], [[1, 2]] * len(places), model.head.device)
+    return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0))
+
+
+# --- Tables ---
+
+
+def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int) -> list[dict]:
+    rows = []
+    for batch in batches:
+        prompts = random_rows(model, batch, PROMPT)
+        providers = {"nanomrt": ours(model, prompts), "products": products(model, batch),
+                     "Hugging Face generate": hugging_face(model, task, prompts)}
+        seconds = medians({name: call for name, call in providers.items() if call}, repeats, f"decode, batch {batch}")
+        rows += [{"case": f"batch {batch}", "provider": name, "seconds": value, "tokens_per_second": batch * NEW / value,
+                  "times_nanomrt": value / seconds["nanomrt"]} for name, value in seconds.items()]
+    return rows
+
+
+def fork_rows(model: Llama, count: int, repeats: int) -> list[dict]:
+    traces = random_rows(model, count, TRACE)
+    places = [(t, TRACE * (j + 1) // FORKS) for t in range(count) for j in range(FORKS)]
+    seconds = medians({"branches of the trace": forked(model, traces, places),
+                       "prefilled again": prefilled_again(model, traces, places)}, repeats, "forks")
+    return [{"case": f"{count} x {FORKS} forks", "provider": name, "seconds": value,
+             "tokens_per_second": len(places) * ANSWER / value, "times_nanomrt": value / seconds["branches of the trace"]}
+            for name, value in seconds.items()]
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| case | provider | ms | tokens/s | x our time |", "|---|---|---|---|---|"]
+    lines += [f"| {row['case']} | {row['provider']} | {1e3 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | "
+              f"{row['times_nanomrt']:.2f} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> Path:
+    parser = argparse.ArgumentParser(prog="python -m nanomrt.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: everything but the figures")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = Countdown()
+    model = small_llama(task, device)
+    batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, 7)
+    rows = [*decode_rows(model, task, batches, repeats), *fork_rows(model, count, repeats)]
+    machine = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
+    path = arguments.out / f"sampler-{machine}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": rows, "torch": torch.__version__, "commit": commit(), "machine": machine,
+                                "cores": os.cpu_count(), "python": platform.python_version()}, indent=2) + "\n")
+    print(table(rows))
+    return path
+
+
+if __name__ == "__main__":
+    print(f"\n{main(sys.argv[1:])}")

@@ -1,0 +1,128 @@
+"""The benchmark program without a GPU: what it counts, what it prints, and that it runs from end to end."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from kernels import bench
+from nanomrt.config import UserError
+
+
+@pytest.mark.parametrize("lengths", [(1,), (0, 3), (5, 1, 0, 17), tuple(random.Random(0).choices(range(40), k=20))])
+def test_attention_flops_are_those_of_the_visible_pairs(lengths):
+    """Two products of D multiplications and additions for every key that a query sees; backward has five."""
+    H, D = 3, 8
+    pairs = sum(1 for T in lengths for i in range(T) for j in range(T) if j <= i)
+    flops = bench.attention_flops(lengths, H, D)
+    assert flops == {bench.FORWARD: 4 * H * D * pairs, bench.BACKWARD: 10 * H * D * pairs, bench.BOTH: 14 * H * D * pairs}
+
+
+def test_logprob_flops():
+    """2 N V C for each product: one forward, two more backward, and one more for whom computes the logits twice."""
+    case = bench.logprob_case(6, 4, 10, "cpu", torch.float32)
+    assert case.flops == {bench.FORWARD: 2 * 6 * 10 * 4, bench.BOTH: 6 * 6 * 10 * 4}
+    provider = bench.Provider("peer", lambda case: bench.naive(False, case)._replace(recomputes=True))
+    rows = bench.bench(case, [provider], "cpu", 1, 1)
+    assert [row["flops"] for row in rows] == [480, 1920]
+
+
+@pytest.mark.parametrize("total, median, longest", [(1, 8, 16), (40, 8, 16), (65536, 1024, 8192)])
+def test_lognormal_lengths(total, median, longest):
+    lengths = bench.lognormal_lengths(total, median, longest)
+    assert sum(lengths) == total and min(lengths) >= 1 and max(lengths) <= longest
+    assert lengths == bench.lognormal_lengths(total, median, longest)
+
+
+def test_goals_belong_to_shapes():
+    """A goal is for one head dim and length; the pack has none in TFLOP/s."""
+    make = lambda lengths: bench.attention_case("", lengths, 1, 1, 64, "cpu", torch.float32)
+    assert make((1024,)).goal(bench.FORWARD) == (270, 310) and make((1024,)).goal(bench.BOTH) is None
+    assert make((1024, 7)).goal(bench.FORWARD) is None and make((5,)).goal(bench.FORWARD) is None
+    assert bench.logprob_case(2, 4, 8, "cpu", torch.float32).goal(bench.BOTH) == (500, 600)
+
+
+def test_every_provider_of_a_case_gives_the_same_gradients():
+    """What the clock compares is the same work: peers that run here agree with ours, on a pack as well."""
+    for case, providers in ((bench.attention_case("", (5, 5), 2, 1, 16, "cpu", torch.float32), bench.ATTENTION[:2]),
+                            (bench.logprob_case(6, 16, 40, "cpu", torch.float32), [bench.LOGPROB[0], bench.LOGPROB[2]])):
+        results = []
+        for provider in providers:
+            call = provider.prepare(case)
+            results.append(torch.autograd.grad(call.forward(), call.leaves, call.upstream))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_pack_holds_the_pack():
+    lengths = (2, 5, 3)
+    case = bench.attention_case("", lengths, 2, 1, 16, "cpu", torch.float32)
+    mine, padded = bench.ours(case).forward(), bench.sdpa("FLASH_ATTENTION", case).forward()  # (N,H,D), (B,H,T,D)
+    assert padded.shape == (3, 2, 5, 16)
+    rows = torch.cat([padded[b, :, :T].transpose(0, 1) for b, T in enumerate(lengths)])
+    torch.testing.assert_close(rows, mine, atol=1e-5, rtol=1e-5)
+
+
+def test_a_failing_provider_is_a_row_with_its_reason():
+    def refuse(case):
+        raise RuntimeError("no such | kernel\nand a second line" + " word" * 100)
+
+    case = bench.logprob_case(6, 4, 10, "cpu", torch.float32)
+    huge = bench.Provider("huge", lambda case: bench.naive(False, case), lambda case: 2**63)
+    rows = bench.bench(case, [bench.Provider("peer", refuse), huge, bench.LOGPROB[2]], "cpu", 1, 1)
+    assert [row["pass"] for row in rows] == [None, None, bench.FORWARD, bench.BOTH]
+    assert rows[0]["reason"].startswith("not available: no such | kernel and") and len(rows[0]["reason"]) < 120
+    assert "GB are free" in rows[1]["reason"]
+    bench.compare(rows, 1.0)
+    lines = bench.table(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+
+
+def test_ratio_is_against_the_best_peer():
+    row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "tflops": 4.0}
+    rows = [row("nanomrt", 2.0), row("nanomrt, one pass", 1.0), row("a", 3.0), row("b", 4.0), row("c", None)]
+    bench.compare(rows, 8.0)
+    assert [x.get("ratio") for x in rows] == [1.5, 3.0, 1.0, 0.75, None] and rows[0]["share"] == 0.5
+
+
+def test_memory_that_runs_out_while_measuring_drops_one_provider():
+    def fails(_):
+        raise torch.OutOfMemoryError
+
+    assert bench.measure([(lambda: 1, fails), (lambda: 1, lambda x: x)], "cpu", 1, 3)[0] is None
+
+
+@pytest.mark.parametrize("only", [None, "attention", "logprob"])
+def test_dry_run(only, tmp_path, capsys):
+    """From end to end: tables on the screen, every row in the file, a figure beside it."""
+    assert bench.main(["--dry-run", "--out", str(tmp_path / "new"), *(["--only", only] if only else [])]) == 0
+    name = "kernels-dry-run-on-a-cpu" + (f"-{only}" if only else "")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [f"{name}.json", f"{name}.png"]
+    saved = json.loads((tmp_path / "new" / f"{name}.json").read_text())
+    assert set(saved["rows"]) == ({only} if only else {"attention", "logprob"}) and len(saved["machine"]) == 2
+    assert saved["versions"]["torch"] == torch.__version__
+    for rows in saved["rows"].values():
+        mine = [row for row in rows if row["provider"] == "nanomrt"]
+        assert mine and all(row["ms"] > 0 and row["share"] > 0 for row in mine)
+    shown = capsys.readouterr().out
+    assert "| nanomrt" in shown and ("### attention" in shown) == (only != "logprob")
+
+
+def test_without_a_gpu_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="needs a CUDA device.*--dry-run"):
+        bench.main([])
+
+
+@pytest.mark.parametrize("arguments", [["--only", "decode"], ["--nonsense"], ["--out"]])
+def test_wrong_arguments_end_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--dry-run", *arguments])
+    assert "usage: python -m kernels.bench" in capsys.readouterr().err
+
+
+def test_out_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        bench.main(["--dry-run", "--out", str(tmp_path / "file")])

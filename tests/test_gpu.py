@@ -1,0 +1,494 @@
+"""The Triton kernels on a real GPU: accuracy in 16 bit, and everything that the interpreter cannot show.
+
+    python -m pytest -m gpu                                                          all of it
+    compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "float64 or nan"     (also: racecheck)
+
+Accuracy is measured against float64, beside PyTorch's own op on the same 16-bit inputs: the root-mean-square error may be at
+most 1.1 times its error, the largest single error twice that.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from data.countdown import Countdown
+from nanomrt.config import load_config
+from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.warmstart import warm_start
+
+DEVICE = "cuda"
+HALF = (torch.bfloat16, torch.float16)
+TINY = Path(__file__).parents[1] / "config/tiny.py"
+BACKEND = "inductor"  # of torch.compile
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
+                                                  reason="no CUDA device: these tests are for a GPU")]
+
+PACKS = {"one": (1,), "ragged": (17, 0, 127, 1, 129), "empty ends": (0, 0, 64, 0, 5, 0), "long": (4096, 129, 1)}
+RAGGED = PACKS["ragged"]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = HALF[0]) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE, dtype=dtype)
+
+
+def pack(lengths: Sequence[int], H: int = 4, K: int = 2, D: int = 64, dtype: torch.dtype = HALF[0]) -> list[Tensor]:
+    """Random q, k, v and upstream gradient."""
+    return [randn(sum(lengths), heads, D, seed=i, dtype=dtype) for i, heads in enumerate((H, K, K, H))]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    return kernels.fused_attention(q, k, v, starts, max(lengths))
+
+
+def vocabulary(N: int = 200, C: int = 128, V: int = 1000, dtype: torch.dtype = HALF[0]) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states, weight and targets, the first and the last token among them."""
+    targets = torch.randint(V, (N,), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(2))
+    targets[0], targets[-1] = 0, V - 1
+    return randn(N, C, dtype=dtype), randn(V, C, seed=1, dtype=dtype) * (2 * C**-0.5), targets
+
+
+def with_gradients(function: Callable[..., Tensor | tuple], inputs: Sequence[Tensor], *upstream: Tensor) -> list[Tensor]:
+    """What a function returns, and the gradients of its inputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+def both_ops(lengths: Sequence[int] = RAGGED) -> list[Tensor]:
+    """Outputs and gradients of both ops on fixed inputs."""
+    *inputs, upstream = pack(lengths)
+    hidden, weight, targets = vocabulary()
+    g, e = randn(200, seed=8).float(), randn(200, seed=9).float()
+    return [*with_gradients(lambda *x: attend(*x, lengths), inputs, upstream),
+            *with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), g, e)]
+
+
+def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def assert_as_exact(mine: Sequence[Tensor], peer: Sequence[Tensor], exact: Sequence[Tensor], floor: float = 1e-5) -> None:
+    """Errors against `exact`, beside those of `peer`."""
+    for i, (a, b, truth) in enumerate(zip(mine, peer, exact, strict=True)):
+        a, b = ((x.double() - truth).abs() for x in (a, b))
+        rms = lambda x: float(x.square().mean().sqrt())
+        assert rms(a) <= 1.1 * rms(b) + floor, f"result {i}: error {rms(a):.2e}, PyTorch's {rms(b):.2e}"
+        assert a.max() <= 2 * b.max() + 10 * floor, f"result {i}: largest error {a.max():.2e}, PyTorch's {b.max():.2e}"
+
+
+def need_memory(gigabytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes:.0f} GB, {free:.0f} GB are free")
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- Accuracy ---
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """PyTorch's attention, sequence by sequence; softmax written out for float64, which the fused kernels refuse."""
+    parts = []
+    for q_, k_, v_ in zip(*(x.split(list(lengths)) for x in (q, k, v))):
+        q_, k_, v_ = (x.transpose(0, 1)[None].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (q_, k_, v_))  # (1,H,T,D)
+        if q.dtype == torch.float64:
+            scores = q_ @ k_.mT / math.sqrt(q.shape[2])
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=DEVICE).triu(1)
+            out = scores.masked_fill(future, -torch.inf).softmax(-1) @ v_
+        else:
+            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True) if len(q_[0, 0]) else q_
+        parts.append(out[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def check_attention(lengths: Sequence[int], H: int, K: int, D: int, dtype: torch.dtype) -> None:
+    *inputs, upstream = pack(lengths, H, K, D, dtype)
+    mine = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
+    peer = with_gradients(lambda *x: sdpa(*x, lengths), inputs, upstream)
+    exact = with_gradients(lambda *x: sdpa(*x, lengths), [x.double() for x in inputs], upstream.double())
+    assert_as_exact(mine, peer, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
+def test_attention_against_float64_by_head_dim(D, dtype):
+    check_attention(RAGGED, 4, 2, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("G", [1, 3, 4, 6, 7])
+def test_attention_against_float64_by_group(G, dtype):
+    check_attention(RAGGED, 2 * G, 2, 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_against_float64_by_lengths(name, D, dtype):
+    check_attention(PACKS[name], 4, 2, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("N, C, V", [(1, 64, 97), (200, 128, 1000), (127, 896, 151936), (129, 80, 32003)])
+def test_logprobs_against_float64(N, C, V, dtype):
+    """log p, entropy and the gradients, beside float32 logits from the same 16-bit inputs."""
+    hidden, weight, targets = vocabulary(N, C, V, dtype)
+    upstream = randn(2, N, seed=5).double()
+
+    def naive(h, w, out_dtype):
+        z = h.to(out_dtype) @ w.to(out_dtype).T / 0.7
+        logp = z.log_softmax(-1)
+        return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+    mine = with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), *upstream.float())
+    exact = with_gradients(lambda h, w: naive(h, w, torch.float64), (hidden.double(), weight.double()), *upstream)
+    peer = with_gradients(lambda h, w: naive(h, w, torch.float32), (hidden, weight), *upstream.float())
+    assert (mine[0] <= 0).all() and (mine[1] >= 0).all() and (mine[1] <= math.log(V) + 1e-5).all()
+    assert (mine[0].double() - exact[0]).abs().max() < 2e-4
+    assert_as_exact(mine[:2], peer[:2], exact[:2], floor=1e-5)
+    # Their dz is float32 and ours is rounded to 16 bit for the products with it: one more rounding, of the same size.
+    rounding = torch.finfo(dtype).eps
+    for a, truth in zip(mine[2:], exact[2:], strict=True):
+        assert (a.double() - truth).norm() <= rounding * truth.norm()
+
+
+def test_float32_is_exact():
+    """fp32 products are not TF32 ones."""
+    check_attention(RAGGED, 4, 2, 64, torch.float32)
+    hidden, weight, targets = vocabulary(dtype=torch.float32)
+    logp = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert (kernels.fused_token_logprobs(hidden, weight, targets, 1.0)[0].double() - logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_one_pass_equals_two_passes(dtype):
+    """log p and entropy to 1e-5. The gradients differ by what rounding the logits to fp16 costs."""
+    from kernels.logprob import token_loss
+
+    hidden, weight, targets = vocabulary(4500, 128, 1003, dtype)  # three parts, the last one cut off
+    g, e = randn(4500, seed=5).float(), randn(4500, seed=6).float()
+    loss = lambda logprob, entropy, rows: (g[rows] * logprob + e[rows] * entropy).sum()
+    two = with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), g, e)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    total, logprob, entropy = token_loss(*leaves, targets, 0.7, loss)
+    one = torch.autograd.grad(total, leaves)
+    for a, b in zip((logprob, entropy), two[:2], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    for a, b in zip(one, two[2:], strict=True):
+        assert (a - b).float().norm() <= 2 * torch.finfo(dtype).eps * b.float().norm()
+
+
+# --- The same bits ---
+
+
+def test_a_second_run_has_the_same_bits():
+    first = both_ops()
+    assert all(same_bits(first, both_ops()) for _ in range(3))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_neighbours_do_not_change_a_sequence(D):
+    """Alone or in a pack: the same bits, in the result and in the gradients."""
+    lengths = (300, 1, 129, 0, 517)
+    *inputs, upstream = pack(lengths, D=D)
+    whole = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
+    start = 0
+    for T in filter(None, lengths):
+        part = [x[start : start + T] for x in (*inputs, upstream)]
+        alone = with_gradients(lambda *x, T=T: attend(*x, (T,)), part[:3], part[3])
+        assert same_bits(alone, [x[start : start + T] for x in whole])
+        start += T
+
+
+@pytest.mark.parametrize("part", [1, 7, 64, 130])
+def test_other_rows_do_not_change_a_row(part):
+    """log p and entropy of a row are the same bits in any batch."""
+    hidden, weight, targets = vocabulary(300)
+    whole = kernels.fused_token_logprobs(hidden, weight, targets, 0.7)
+    alone = kernels.fused_token_logprobs(hidden[170 : 170 + part], weight, targets[170 : 170 + part], 0.7)
+    assert same_bits(alone, [x[170 : 170 + part] for x in whole])
+
+
+# --- Memory that nobody wrote ---
+
+
+def poison() -> None:
+    """Fill what the allocator will hand out next with NaN."""
+    big = [torch.full((2**26,), torch.nan, device=DEVICE) for _ in range(4)]
+    small = [torch.full((2**k,), torch.nan, device=DEVICE) for k in range(8, 18) for _ in range(16)]
+    del big, small
+
+
+def test_nan_in_fresh_memory_reaches_nothing():
+    clean = both_ops()
+    poison()
+    poisoned = both_ops()
+    assert all(x.isfinite().all() for x in poisoned) and same_bits(clean, poisoned)
+
+
+@pytest.mark.parametrize("lengths", [(127, 64, 65), (1, 17, 1), (128, 3, 128)])
+def test_nan_neighbours_reach_nothing(lengths):
+    """The middle sequence is NaN everywhere; the others' results and gradients keep their bits."""
+    *inputs, upstream = pack(lengths)
+    clean = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
+    middle = slice(lengths[0], lengths[0] + lengths[1])
+    for x in (*inputs, upstream):
+        x[middle] = torch.nan
+    dirty = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
+    for a, b in zip(clean, dirty, strict=True):
+        assert same_bits((a[: middle.start], a[middle.stop :]), (b[: middle.start], b[middle.stop :]))
+
+
+def test_a_nan_row_stays_a_row():
+    hidden, weight, targets = vocabulary()
+    clean = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
+    hidden[50] = torch.nan
+    other = torch.arange(200, device=DEVICE) != 50
+    for a, b in zip(clean, kernels.fused_token_logprobs(hidden, weight, targets, 1.0), strict=True):
+        assert torch.equal(a[other], b[other]) and b[50].isnan()
+
+
+@pytest.mark.parametrize("C", [128, 100, 77])
+def test_views_and_odd_widths(C):
+    """Rows that the copy engine cannot address: odd strides, odd widths, storage that begins anywhere."""
+    hidden, weight, targets = vocabulary(64, C, 300)
+    expected = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
+    wide = torch.zeros(64, 2 * C + 3, device=DEVICE, dtype=hidden.dtype)
+    wide[:, 1 : C + 1] = hidden
+    shifted = torch.zeros(300 * C + 1, device=DEVICE, dtype=hidden.dtype)[1:].view(300, C).copy_(weight)
+    spread = torch.stack([targets, targets * 0], 1)[:, 0]  # stride 2
+    assert same_bits(expected, kernels.fused_token_logprobs(wide[:, 1 : C + 1], shifted, spread, 1.0))
+    q, k, v, _ = pack((40, 24))
+    moved = [torch.zeros(x.numel() + 1, device=DEVICE, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (q, k, v)]
+    assert same_bits([attend(q, k, v, (40, 24))], [attend(*moved, (40, 24))])
+
+
+# --- Sizes over 2^31 ---
+
+
+def test_more_than_2_31_logits():
+    """N·V over 2^31: the last rows equal the same rows alone, forward to the bit and backward to rounding."""
+    need_memory(8)
+    N, V = 14_500, 151_936
+    assert N * V > 2**31
+    hidden, weight, targets = vocabulary(N, 64, V)
+    g = randn(N, seed=5).float()
+    both = lambda h, t: lambda x: kernels.fused_token_logprobs(x, weight, t, 1.0)[0]
+    logprob, grad = with_gradients(both(hidden, targets), (hidden,), g)
+    alone, alone_grad = with_gradients(both(hidden[-64:], targets[-64:]), (hidden[-64:],), g[-64:])
+    assert torch.equal(logprob[-64:], alone)
+    assert (grad[-64:] - alone_grad).float().norm() <= 0.01 * alone_grad.float().norm()
+
+
+@pytest.mark.parametrize("large", ["hidden", "weight"])
+def test_logprob_inputs_over_2_31_elements(large):
+    """Offsets into hidden states and weight are 64 bit wide, here and in the gradients."""
+    need_memory(40)
+    N, V = (2**20 + 128, 256) if large == "hidden" else (128, 2**20 + 128)
+    hidden, weight, targets = vocabulary(N, 2048, V)
+    assert max(hidden.numel(), weight.numel()) > 2**31
+    targets[-64:] = V - 1
+    g = torch.ones(N, device=DEVICE)
+    results = with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 1.0)[0], (hidden, weight), g)
+    logp = (hidden[-64:].float() @ weight.float().T).log_softmax(-1)
+    torch.testing.assert_close(results[0][-64:], logp[:, -1], atol=1e-3, rtol=1e-4)
+    dz = -logp.exp()
+    dz[:, -1] += 1
+    dhidden = dz @ weight.float()
+    assert (results[1][-64:] - dhidden).norm() <= 0.01 * dhidden.norm()
+    assert results[2][-1].isfinite().all() and results[2][-1].any()
+
+
+def test_attention_inputs_over_2_31_elements():
+    """The last sequence of a pack with over 2^31 query elements equals itself alone, gradients too."""
+    need_memory(60)
+    T, B, H, K, D = 1024, 1040, 16, 2, 128
+    q, k, v, upstream = pack((T,) * B, H, K, D)
+    assert q.numel() > 2**31
+    whole = with_gradients(lambda *x: attend(*x, (T,) * B), (q, k, v), upstream)
+    alone = with_gradients(lambda *x: attend(*x, (T,)), [x[-T:] for x in (q, k, v)], upstream[-T:])
+    assert same_bits([x[-T:] for x in whole], alone)
+
+
+# --- How the device is driven ---
+
+
+def test_cuda_graphs():
+    """Forward of both is captured once and replayed with other inputs."""
+    q, k, v, _ = pack(RAGGED)
+    hidden, weight, targets = vocabulary()
+    starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
+    run = lambda: (kernels.fused_attention(q, k, v, starts, max(RAGGED)),
+                   *kernels.fused_token_logprobs(hidden, weight, targets, 1.0))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles outside of the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for x in (q, k, v, hidden):
+        x.copy_(randn(*x.shape, seed=11))
+    graph.replay()
+    assert same_bits([x.clone() for x in captured], run())
+
+
+def test_another_stream():
+    """Kernels go to the current stream: they see what was written there, after a long wait."""
+    *new, upstream = pack(RAGGED)
+    expected = with_gradients(lambda *x: attend(*x, RAGGED), new, upstream)
+    hidden, weight, targets = vocabulary()
+    expected += kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
+    old, old_hidden = [torch.full_like(x, torch.nan) for x in new], torch.full_like(hidden, torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        for x, y in zip((*old, old_hidden), (*new, hidden), strict=True):
+            x.copy_(y)
+        found = with_gradients(lambda *x: attend(*x, RAGGED), old, upstream)
+        found += kernels.fused_token_logprobs(old_hidden, weight, targets, 1.0)
+    torch.cuda.synchronize()
+    assert same_bits(expected, found)
+
+
+def test_the_host_never_waits():
+    """Forward and backward of both ops, and the one-pass loss, enqueue their work and return."""
+    from kernels.logprob import token_loss
+
+    q, k, v, upstream = (x.requires_grad_() for x in pack(RAGGED))
+    hidden, weight, targets = vocabulary()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
+
+    def step():
+        (kernels.fused_attention(q, k, v, starts, max(RAGGED)) * upstream.detach()).sum().backward()
+        logprob, entropy = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
+        (logprob + entropy).sum().backward()
+        token_loss(hidden, weight, targets, 1.0, lambda logprob, entropy, rows: logprob.sum())[0].backward()
+
+    step()
+    with no_synchronisation():
+        step()
+
+
+def test_compile_without_a_graph_break():
+    """torch.compile(fullgraph=True) of a function with both ops, at two sizes."""
+    def function(q, k, v, weight, starts, longest, targets):
+        out = kernels.fused_attention(q, k, v, starts, longest)
+        return kernels.fused_token_logprobs(out.flatten(1) * 2, weight, targets, 1.0)
+
+    compiled = torch.compile(function, fullgraph=True, backend=BACKEND)
+    for lengths in ((17, 0, 127), (40, 60)):
+        q, k, v, _ = pack(lengths)
+        weight, N = randn(500, q[0].numel(), seed=7) * 0.1, len(q)
+        targets, starts = torch.arange(N, device=DEVICE), torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+        rest, upstream = (starts, max(lengths), targets), randn(2, N, seed=5).float()
+        eager, fast = (with_gradients(lambda *x, f=f, rest=rest: f(*x, *rest), (q, k, v, weight), *upstream)
+                       for f in (function, compiled))
+        for a, b in zip(eager, fast, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_activation_checkpointing():
+    """Recomputing the forward pass in backward changes no bit."""
+    from torch.utils.checkpoint import checkpoint
+
+    *inputs, upstream = pack(RAGGED)
+    plain = with_gradients(lambda *x: attend(*x, RAGGED), inputs, upstream)
+    saved = with_gradients(lambda *x: checkpoint(attend, *x, RAGGED, use_reentrant=False), inputs, upstream)
+    assert same_bits(plain, saved)
+
+
+def test_twenty_sizes_compile_each_kernel_once():
+    """Neither the number of tokens nor that of sequences is a compile-time constant."""
+    modules = [importlib.import_module(f"kernels.{name}") for name in ("attention", "logprob")]
+    kernels_ = [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
+    compiled = lambda: [sum(len(caches[0]) for caches in x.device_caches.values()) for x in kernels_]
+
+    def run(N: int):
+        q, k, v, upstream = pack((N // 2, N - N // 2))
+        with_gradients(lambda *x: attend(*x, (N // 2, N - N // 2)), (q, k, v), upstream)
+        hidden, weight, targets = vocabulary(N)
+        ones = torch.ones(N, device=DEVICE)
+        with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 1.0)[0], (hidden, weight), ones)
+
+    run(128)
+    before = compiled()
+    assert len(kernels_) == 6 and all(before)
+    for N in [2, 16, 17, *(100 + 37 * i for i in range(17))]:
+        run(N)
+    assert compiled() == before
+
+
+# --- The model ---
+
+
+@pytest.fixture
+def model(config) -> Llama:
+    wide = replace(config, hidden_size=128, intermediate_size=256, head_dim=32)
+    return Llama(wide).initialise(torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def rescored(model: Llama, task, seed: int) -> Tensor:
+    """|log p of the trainer - log p of the sampler| for every sampled token."""
+    run = load_config(TINY)
+    problems = task.problems("train", 16, seed)
+    batch = roll_out(model, task, problems, 4, training_sampling(task, run), torch.Generator().manual_seed(seed)).batch()
+    packed, action = Packed.of(batch.lengths), batch.is_action.nonzero().squeeze(1)
+    with torch.no_grad():
+        hidden = model(batch.tokens, packed.position_ids, packed)
+        logprob, _ = kernels.token_logprobs(hidden[action - 1], model.head, batch.tokens[action], run.temperature)
+    return (logprob - batch.logprob[action]).abs()
+
+
+def test_the_trainer_scores_what_the_sampler_drew(model, task):
+    """Before and after a large optimiser step: neither side works with stale weights."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for seed in range(2):
+        difference = rescored(model, task, seed)
+        assert difference.mean() <= 0.01 and difference.quantile(0.99) <= 0.1
+        tokens = torch.randint(1, model.config.vocab_size, (64,), device=DEVICE)
+        packed = Packed.of(torch.tensor([64], device=DEVICE))
+        hidden = model(tokens, packed.position_ids, packed)
+        (-kernels.token_logprobs(hidden[:-1], model.head, tokens[1:], 1.0)[0].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_learning_is_that_of_a_cpu():
+    """Thirty warm-start steps on the device end at the CPU's loss, within 5 %."""
+    run = replace(load_config(TINY), warm_steps=30)
+    task = Countdown.from_config(run)
+    shape = {f.name: getattr(run, f.name) for f in fields(ModelConfig) if hasattr(run, f.name)}
+
+    def final_loss(device: str) -> float:
+        model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape)).initialise(torch.Generator().manual_seed(0))
+        losses = list(warm_start(model.to(device), task, run))
+        assert losses[0] > losses[-1]
+        return sum(losses[-5:]) / 5
+
+    assert final_loss(DEVICE) == pytest.approx(final_loss("cpu"), rel=0.05)
