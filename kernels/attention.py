@@ -212,7 +212,7 @@ class Tile(NamedTuple):
 
 # By kernel and head dim: the largest tiles found that spill no register. tests/test_compile.py compiles every one of them.
 TILES = {
-    "wide": {  # 16 bit, 227 KiB of shared memory for a program: sm_90, sm_100
+    "wide": {  # 16 bit, 227 KiB of shared memory for a program: sm_90
         "forward": {16: (128, 128, 8, 2), 32: (128, 128, 8, 2), 64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
         "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 16, 8, 2)},
         "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 2)},
@@ -230,6 +230,7 @@ TILES = {
 }
 
 
+TILES["blackwell"] = {**TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 128: (32, 64, 8, 2)}}  # sm_100 keeps less in registers
 
 
 @cache
@@ -238,7 +239,8 @@ def hardware(device: torch.device) -> tuple[str, bool]:
     if device.type != "cuda":
         return "narrow", False  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    return "wide" if properties.shared_memory_per_block_optin >= 227 * 1024 else "narrow", properties.major >= 9
+    wide = "blackwell" if properties.major >= 10 else "wide"
+    return wide if properties.shared_memory_per_block_optin >= 227 * 1024 else "narrow", properties.major >= 9
 
 
 def tile_of(name: str, q: Tensor) -> Tile:

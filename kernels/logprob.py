@@ -188,8 +188,8 @@ def tile_of(x: Tensor, stored: bool = False) -> Tile:
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """With which the copy engine fetches tiles of the matrix x; None where pointers have to do."""
-    if x.dtype == torch.float32 or not hardware(x.device)[1]:
-        return None
+    if x.dtype == torch.float32 or not hardware(x.device)[1] or x.stride(0) * x.element_size() % 16:
+        return None  # a width that is no multiple of 8 can't be addressed by it, wherever the rows lie
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 

@@ -1,0 +1,296 @@
+"""The real kernels under Triton's interpreter, against float64: TRITON_INTERPRET=1 python -m pytest tests/interpreted.py
+
+fp32 and fp16 only: the interpreter is silently wrong in bf16. `tests/test_triton.py` runs this file in a process of its own.
+"""
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.attention import attention, attention_backward, attention_forward
+from kernels.decode import branch_attention
+from kernels.logprob import logprobs_backward, logprobs_forward, token_logprobs, token_loss
+
+torch.set_num_threads(1)
+HALF, FULL = torch.float16, torch.float32
+TOLERANCE = {FULL: 2e-5, HALF: 4e-3}  # of the largest element: sums of fp32 products; operands, p and results rounded to 2^-11
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["pointers", "descriptors"])
+def copy_engine(request, monkeypatch):
+    """Each kernel with and without tensor descriptors. decode has none."""
+    if request.param and "branch" in request.node.name:
+        pytest.skip("decode loads by pointers only")
+    for name in ("attention", "logprob"):
+        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "hardware", lambda device: ("narrow", request.param))
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = FULL) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(mine: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert mine.shape == exact.shape and mine.isfinite().all()
+    scale = exact.abs().max().clamp(min=0.05) if exact.numel() else 1.0
+    torch.testing.assert_close(mine.double(), exact.double(), rtol=0, atol=float(TOLERANCE[dtype] * scale))
+
+
+# --- attention ---
+
+
+def pack(lengths, H: int, K: int, D: int, dtype: torch.dtype = FULL, seed: int = 0) -> tuple[list[Tensor], Tensor, Tensor]:
+    """q, k, v of a pack, its cu_seqlens and an upstream gradient."""
+    N = sum(lengths)
+    inputs = [randn(N, heads, D, seed=seed + i, dtype=dtype) for i, heads in enumerate((H, K, K))]
+    return inputs, torch.tensor([0, *lengths]).cumsum(0), randn(N, H, D, seed=seed + 3, dtype=dtype)
+
+
+def forward_and_gradients(function, inputs, starts, longest: int, upstream: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves, starts, longest)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("lengths, H, K, D", [
+    ((1, 17, 127), 2, 2, 16), ((129, 0, 1), 6, 2, 32), ((0, 64, 65, 0), 4, 1, 64), ((200,), 3, 1, 16), ((5, 33), 7, 1, 32),
+    ((40, 3), 2, 1, 80), ((17, 20), 1, 1, 96), ((70,), 2, 1, 128), ((35,), 2, 1, 256), ((1, 1, 1), 2, 2, 16),
+], ids=str)
+def test_attention_and_its_gradients(lengths, H, K, D, dtype):
+    """Output, dQ, dK and dV equal the reference in float64, for ragged packs, shared heads and any head dim."""
+    inputs, starts, upstream = pack(lengths, H, K, D, dtype)
+    mine = forward_and_gradients(attention, inputs, starts, max(lengths), upstream)
+    exact = forward_and_gradients(reference.attention, [x.double() for x in inputs], starts, max(lengths), upstream.double())
+    for a, b in zip(mine, exact, strict=True):
+        assert_near(a, b, dtype)
+
+
+def test_attention_of_a_sequence_does_not_depend_on_its_pack():
+    """Alone or between others, even poisoned ones: the same bits, forward and backward; and the same on a second run."""
+    inputs, starts, upstream = pack((40, 133, 20), 4, 2, 16, HALF)
+    alone = forward_and_gradients(attention, [x[40:173] for x in inputs], torch.tensor([0, 133]), 133, upstream[40:173])
+    poison = [x.clone() for x in (*inputs, upstream)]
+    for x in poison:
+        x[:40], x[173:] = torch.nan, torch.inf
+    for given in ((*inputs, upstream), poison, poison):
+        packed = forward_and_gradients(attention, given[:3], starts, 200, given[3])
+        assert all(torch.equal(a, b[40:173]) for a, b in zip(alone, packed, strict=True))
+
+
+def test_attention_takes_views_and_writes_to_none():
+    """q, k and v sliced out of one tensor, an expanded upstream gradient; inputs stay as they were."""
+    wide = randn(50, 8, 16)
+    before = wide.clone()
+    inputs, starts = (wide[:, :4], wide[:, 4:6], wide[:, 6:]), torch.tensor([0, 20, 50])
+    upstream = randn(50, 1, 16, seed=9).expand(50, 4, 16)
+    mine = forward_and_gradients(lambda q, k, v, *rest: attention(q, k, v, *rest), inputs, starts, 30, upstream)
+    sliced = attention(*inputs, starts, 30)
+    exact = forward_and_gradients(reference.attention, [x.double() for x in inputs], starts, 30, upstream.double())
+    assert torch.equal(sliced, mine[0]) and torch.equal(wide, before)
+    for a, b in zip(mine, exact, strict=True):
+        assert_near(a, b, FULL)
+
+
+@pytest.mark.parametrize("level", [-120.0, 80.0])
+def test_attention_with_extreme_scores(level):
+    """A common shift of all scores changes no softmax, even where e^score is 0 or infinite."""
+    q, k, v = torch.ones(65, 1, 16), randn(65, 1, 16), randn(65, 1, 16, seed=1)
+    starts = torch.tensor([0, 64, 65])
+    shifted = attention(q, k + level / 4, v, starts, 64)  # q·k / sqrt(16) moves by `level`
+    torch.testing.assert_close(shifted, attention(q, k, v, starts, 64), atol=2e-4, rtol=2e-4)
+
+
+def test_attention_of_nothing():
+    """A pack without tokens."""
+    inputs, starts, upstream = pack((0, 0), 2, 1, 16)
+    assert [len(x) for x in forward_and_gradients(attention, inputs, starts, 0, upstream)] == [0, 0, 0, 0]
+
+
+def test_attention_refuses_what_it_cannot_do():
+    """A head dim over 256 and more sequences than a grid has rows."""
+    inputs, starts, _ = pack((2,), 1, 1, 257)
+    with pytest.raises(ValueError, match="head_dim=257 is over 256"):
+        attention(*inputs, starts, 2)
+    with pytest.raises(ValueError, match="65536 sequences"):
+        attention(*pack((2,), 1, 1, 16)[0], torch.zeros(65_537, dtype=torch.int64), 2)
+
+
+# --- log-probabilities ---
+
+
+def logprob_case(N: int, C: int, V: int, dtype: torch.dtype = FULL) -> tuple[Tensor, Tensor, Tensor]:
+    targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(1))
+    targets[0], targets[-1] = 0, V - 1
+    return randn(N, C, dtype=dtype), randn(V, C, seed=1, dtype=dtype) * 0.3, targets
+
+
+def exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("N, C, V, temperature", [(5, 16, 2, 1.0), (130, 40, 97, 0.7), (3, 33, 129, 1.0), (70, 64, 1200, 2.0)])
+@pytest.mark.parametrize("g, e", [(1, 1), (1, 0), (0, 1), (0, 0)], ids=["both", "log p", "entropy", "neither"])
+def test_logprobs_and_their_gradients(N, C, V, temperature, g, e, dtype):
+    """log p, entropy and the gradients of hidden states and weights, for random upstream gradients of either or both."""
+    hidden, weight, targets = logprob_case(N, C, V, dtype)
+    upstream = (g * randn(N, seed=5), e * randn(N, seed=6))
+    results = []
+    for function, cast in ((token_logprobs, lambda x: x.clone()), (exact_logprobs, Tensor.double)):
+        leaves = [cast(x).requires_grad_() for x in (hidden, weight)]
+        out = function(*leaves, targets, temperature)
+        results.append([*out, *torch.autograd.grad(out, leaves, [x.to(out[0].dtype) for x in upstream])])
+    (logprob, entropy, *gradients), (exact_logprob, exact_entropy, *exact_gradients) = results
+    torch.testing.assert_close(logprob.double(), exact_logprob, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), exact_entropy, atol=1e-5, rtol=1e-5)
+    assert (logprob <= 0).all() and (entropy >= 0).all() and (entropy <= math.log(V) + 1e-6).all()
+    for a, b in zip(gradients, exact_gradients, strict=True):
+        assert_near(a, b, dtype)
+
+
+def test_probabilities_sum_to_one_and_gradients_to_zero():
+    """Over all targets p is 1; and a shift of all logits has no gradient."""
+    hidden, weight, _ = logprob_case(4, 16, 300)
+    logprob, _ = token_logprobs(hidden[:1].expand(300, -1), weight, torch.arange(300), 0.7)
+    assert abs(logprob.double().exp().sum() - 1) < 1e-5
+    leaf = weight.requires_grad_()
+    logprob, entropy = token_logprobs(torch.ones(1, 16), leaf, torch.tensor([7]), 1.0)
+    assert torch.autograd.grad((logprob + entropy).sum(), leaf)[0].sum(0).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("level", [-120.0, 80.0])
+def test_logits_far_from_zero(level):
+    """A common shift of all logits changes nothing; equal logits are uniform; one large logit is certain."""
+    hidden, weight, targets = logprob_case(9, 15, 97)
+    ones = lambda x, value: torch.cat([x, torch.full((len(x), 1), value)], 1)
+    for a, b in zip(token_logprobs(ones(hidden, 1.0), ones(weight, level), targets, 1.0),
+                    exact_logprobs(hidden, weight, targets, 1.0), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-5)
+    logprob, entropy = token_logprobs(torch.ones(2, 1), torch.full((97, 1), level), targets[:2], 1.0)
+    torch.testing.assert_close(torch.stack([-logprob, entropy]), torch.full((2, 2), math.log(97)))
+    weight = torch.zeros(97, 1)
+    weight[4] = 200.0
+    logprob, entropy = token_logprobs(torch.ones(2, 1), weight, torch.tensor([4, 1]), 1.0)
+    assert logprob.tolist() == [0.0, -200.0] and entropy.tolist() == [0.0, 0.0]
+
+
+def test_a_row_does_not_depend_on_the_batch():
+    """The same bits alone, among 150 rows and on a second run; a target outside of the vocabulary is NaN in its row only."""
+    hidden, weight, targets = logprob_case(150, 24, 333, HALF)
+    many = token_logprobs(hidden, weight, targets, 0.8)
+    for rows in (slice(0, 150), slice(149, 150), slice(60, 70)):
+        few = token_logprobs(hidden[rows], weight, targets[rows], 0.8)
+        assert all(torch.equal(a[rows], b) for a, b in zip(many, few, strict=True))
+    targets[3], targets[5] = 333, -1
+    logprob, _ = token_logprobs(hidden, weight, targets, 0.8)
+    assert logprob.isnan().nonzero().flatten().tolist() == [3, 5]
+
+
+def test_frozen_tied_and_sliced_arguments(monkeypatch):
+    """No gradient for what is frozen; a tied weight gets both of its gradients; views; small chunks of the vocabulary."""
+    hidden, weight, targets = logprob_case(20, 16, 700)
+    wide = torch.cat([hidden, hidden], 1)
+    h, w = wide[:, 16:].requires_grad_(), weight.clone().requires_grad_()
+    loss = lambda h, w, f=token_logprobs: (f(h, w, targets, 1.0)[0] * randn(20, seed=3)).sum()
+    both = torch.autograd.grad(loss(h, w), (h, w))
+    monkeypatch.setattr(importlib.import_module("kernels.logprob"), "WORKSPACE", 20 * 4 * 256)  # three chunks of 256 tokens
+    torch.testing.assert_close(torch.autograd.grad(loss(h, w.detach()), h)[0], both[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss(h.detach(), w), w)[0], both[1], atol=1e-6, rtol=1e-6)
+    tied = [torch.autograd.grad(loss(x[targets].mul(1), x, f), x)[0] for f, x in (
+        (token_logprobs, weight.clone().requires_grad_()), (exact_logprobs, weight.double().requires_grad_()))]
+    assert_near(tied[0], tied[1], FULL)
+
+
+def test_backward_twice():
+    """The same gradient a second time: nothing is used up."""
+    hidden, weight, targets = logprob_case(10, 16, 97)
+    leaf = hidden.requires_grad_()
+    loss = token_logprobs(leaf, weight, targets, 1.0)[0].sum()
+    assert torch.equal(*(torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-5), (HALF, 1e-2)])  # one pass keeps its logits in fp16: 2^-11 of |z|
+def test_one_pass_equals_two(dtype, tolerance, monkeypatch):
+    """token_loss, in parts of 64 rows: loss, log p and entropy, and the gradients of twice the loss."""
+    monkeypatch.setattr(importlib.import_module("kernels.logprob"), "ONE_PASS_ROWS", 64)
+    hidden, weight, targets = logprob_case(150, 24, 333, dtype)
+    A, old = randn(150, seed=7), randn(150, seed=8)
+    loss_of = lambda logprob, entropy, rows: (A[rows] * (logprob - old[rows]).exp()).mean() + 0.1 * entropy.sum()
+    parts = [slice(i, i + 64) for i in (0, 64, 128)]
+    sum_of = lambda logprob, entropy: sum(loss_of(logprob[rows], entropy[rows], rows) for rows in parts)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss, logprob, entropy = token_loss(*leaves, targets, 0.8, loss_of)
+    exact_leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact = exact_logprobs(*exact_leaves, targets, 0.8)
+    for a, b in ((loss, sum_of(*exact)), (logprob, exact[0]), (entropy, exact[1])):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+    for a, b in zip(torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * sum_of(*exact), exact_leaves), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(tolerance * b.abs().max()))
+    frozen = token_loss(hidden, weight.clone().requires_grad_(), targets, 0.8, loss_of)[0]
+    assert torch.equal(frozen, loss)
+
+
+# --- the operators ---
+
+
+def test_the_operators_are_well_registered():
+    """Schema, fake implementation and autograd registration of all four, as torch.compile relies on them."""
+    (q, k, v), starts, grad = pack((3, 4), 2, 1, 16)
+    hidden, weight, targets = logprob_case(5, 16, 20)
+    out, lse = attention_forward(q, k, v, starts, 4, 0.25)
+    _, entropy, row_lse = logprobs_forward(hidden, weight, targets, 1.0)
+    g = randn(5)
+    for operator, arguments in ((attention_forward, (q, k, v, starts, 4, 0.25)),
+                                (attention_backward, (q, k, v, out, lse, grad, starts, 4, 0.25)),
+                                (logprobs_forward, (hidden, weight, targets, 1.0)),
+                                (logprobs_backward, (hidden, weight, targets, row_lse, entropy, g, g, 1.0, True, True))):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+# --- decoding ---
+
+
+def branch_case(limits: list[list[int]], L: int, t: int, K: int, G: int, D: int, dtype: torch.dtype):
+    """Branches that see the first limits[s][m] of L entries, rows in shuffled order; and what plain attention makes of it."""
+    S, M, R = len(limits), max(map(len, limits)), sum(map(len, limits))
+    row = torch.randperm(R, generator=torch.Generator().manual_seed(0)).tolist()
+    group, place, unseen = torch.zeros(S, M, dtype=torch.int64), torch.zeros(R, dtype=torch.int64), torch.full((S, M, L), -1e30)
+    q, own = randn(R, K * G, D, dtype=dtype), [randn(R, K, t + 3, D, seed=i, dtype=dtype)[:, :, :t] for i in (1, 2)]
+    prefix, exact = [randn(S, K, L, D, seed=i, dtype=dtype) for i in (3, 4)], torch.zeros(R, K * G, D, dtype=torch.float64)
+    for s, seen in enumerate(limits):
+        prefix[0][s, :, max(seen) :], prefix[1][s, :, max(seen) :] = 100.0, 1e4  # nobody sees these
+        for m, limit in enumerate(seen):
+            r = row.pop()
+            group[s, m], place[r] = r, s * M + m
+            unseen[s, m, :limit] = 0.0
+            keys, values = (torch.cat([a[s, :, :limit], b[r]], 1).double().repeat_interleave(G, 0) for a, b in zip(prefix, own))
+            exact[r] = ((keys @ q[r].double()[:, :, None]).squeeze(-1) / D**0.5).softmax(-1)[:, None].matmul(values).squeeze(1)
+    return (q, *prefix, unseen, group, place, *own), exact
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("limits, L, t, K, G, D", [
+    ([[9], [4], [1]], 9, 1, 2, 2, 16), ([[150, 5, 70], [0, 64]], 150, 70, 2, 3, 16), ([[63, 65, 1, 130]], 130, 1, 1, 6, 40),
+    ([[0, 0], [0]], 3, 65, 1, 1, 64), ([[20] * 13], 20, 2, 1, 7, 32), ([[33]], 40, 5, 1, 2, 256),
+], ids=str)
+def test_branch_attention_is_attention_over_what_a_row_sees(limits, L, t, K, G, D, dtype, monkeypatch):
+    """Several chunks of prefix and suffix, branches at many positions, nothing visible at all."""
+    monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
+    arguments, exact = branch_case(limits, L, t, K, G, D, dtype)
+    assert_near(branch_attention(*arguments), exact, dtype)
+
+
+def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
+    """A row alone gives the bits that it gives among others, whether others make the padded prefix longer or not."""
+    monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
+    (q, k, v, unseen, group, place, own_k, own_v), _ = branch_case([[70, 20, 90], [150, 3]], 150, 4, 1, 3, 16, HALF)
+    together = branch_attention(q, k, v, unseen, group, place, own_k, own_v)
+    r = int(group[0, 2])
+    zero, one = torch.zeros(1, dtype=torch.int64), slice(r, r + 1)
+    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero, own_k[one], own_v[one])
+    assert torch.equal(together[r], alone[0])
