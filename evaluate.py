@@ -174,7 +174,7 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int],
     asked, back = np.unique(place, return_inverse=True)
     row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
     position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
-    J, _ = force_answers(model, task, rollouts, row, position, 1, 0.0, generator)
+    J = force_answers(model, task, rollouts, row, position, 1, 0.0, generator).J
     return J.cpu().numpy()[back.reshape(spent.shape)], spent
 
 

@@ -21,9 +21,10 @@ from data.countdown import Countdown
 from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
+from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed
-from nanomrt.mrt import Batch, advantages, clipped_loss, kl_penalty, token_weights
-from nanomrt.rollout import collect, examples
+from nanomrt.mrt import Batch, clipped_loss, kl_penalty, likelihood_loss, token_weights
+from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start
 
@@ -38,26 +39,27 @@ def main(argv: list[str]) -> int:
     with run.timed("warm_start"):
         start = Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags)
     model = starting_policy(start, task, device)
+    method = METHODS[config.algorithm]
     reference = checkpoint.load_model(start, device) if config.kl_coef else None  # the policy that the KL pulls back to
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
     run.begin(model, optimizer, resume="--resume" in flags)
 
     while run.step < config.steps and not run.interrupted:
-        # 1. Sample traces, and force answers at the end of every episode.
+        # 1. Gather: sample traces, and measure what each of their episodes changed.
         problems = task.problems("train", config.prompts_per_step, f"{config.seed}/{run.step}")
-        collected = collect(model, task, problems, config, generator_for(config.seed, "sample", run.step))
+        with run.timed("trace"):
+            gathered = method.gather(model, task, problems, config, generator_for(config.seed, "sample", run.step))
         # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
-        batch, ref_logprob = with_reference(collected.batch, reference, config)
-        advantage = advantages(batch, collected.episodes, alpha=config.alpha, gamma=config.gamma,
-                               advantage_norm=config.advantage_norm, progress_norm=config.progress_norm)  # (N,)
+        batch, ref_logprob = with_reference(gathered.batch, reference, config)
+        advantage = method.credit(batch, gathered.episodes, config)  # (N,)
         # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
             learned = update(model, optimizer, batch, advantage, ref_logprob, run)
         # 4. Write it down.
-        run.record(collected, learned)
+        run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:
-            run.show(collected.example(task))
+            run.show(gathered.example(task))
         if run.step % config.save_every == 0 or run.step == config.steps or run.interrupted:
             run.save(model, task.tokenizer, generation, optimizer)
 
@@ -117,7 +119,11 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
             micro, flat = minibatch.take(part), minibatch.flat(part)
             logprob, entropy, action = score(model, micro, config.temperature)  # (n,)
             w, A, old = weight[flat][action], advantage[place[flat]][action], micro.logprob[action]  # (n,)
-            loss = clipped_loss(logprob, old, A, w, config.clip_low, config.clip_high)
+            if METHODS[config.algorithm].supervised:
+                old = logprob.detach()  # nobody sampled these tokens, or not as they stand
+                loss = likelihood_loss(logprob, A, w)
+            else:
+                loss = clipped_loss(logprob, old, A, w, config.clip_low, config.clip_high)
             if ref_logprob is not None:
                 ref = ref_logprob[place[flat]][action]
                 loss = loss + config.kl_coef * (w * kl_penalty(logprob, old, ref, config.kl_estimator)).sum()

@@ -7,9 +7,9 @@ An attempt is an *episode*: `<try>`, then a chain `a op b r op c v` that applies
 result (7 + 4 = 11, 11 * 3 = 33), then a check of v against the target. Each number is one token. The vocabulary has no
 `=`, which saves two tokens in nine of every attempt; `Countdown.show` writes it for the eye.
 
-Warm-start traces search at random, with flaws that the config sets: they repeat attempts, go on after a success and give
-up early, so that reinforcement learning has something to improve. Problems are drawn by (seed, split) and belong to
-exactly one split by a hash of their key (sorted numbers, target).
+Warm-start traces search at random, with flaws that the config sets, so that reinforcement learning has something to improve:
+they try what has just failed once more, check over and over what has just succeeded, and give up early. Problems are drawn by
+(seed, split) and belong to exactly one split by a hash of their key (sorted numbers, target).
 Left out: chains whose running result is not a whole number in 1..max_value (no trace ever contains one), and expressions
 that are no chain, like (a*b)+(c*d). The grader accepts any expression.
 """
@@ -155,8 +155,7 @@ class Countdown:
                  max_value: int = RunConfig.max_value, ood_target_min: int = RunConfig.ood_target_min,
                  ood_max_solutions: int = RunConfig.ood_max_solutions, max_attempts: int = RunConfig.trace_max_attempts,
                  repeat: float = RunConfig.trace_repeat, go_on: float = RunConfig.trace_go_on,
-                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint,
-                 ordered: float = RunConfig.trace_ordered):
+                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint):
         if not 2 <= used <= numbers <= number_max:
             raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={used}, numbers={numbers}, "
                              f"number_max={number_max}")
@@ -168,7 +167,7 @@ class Countdown:
         self.target_min, self.target_max = target_min, target_max
         self.max_solutions, self.max_value, self.max_attempts = max_solutions, max_value, max_attempts
         self.ood_target_min, self.ood_max_solutions = ood_target_min, ood_max_solutions
-        self.repeat, self.go_on, self.give_up, self.hint, self.ordered = repeat, go_on, give_up, hint, ordered
+        self.repeat, self.go_on, self.give_up, self.hint = repeat, go_on, give_up, hint
 
         words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, max_value + 1)))
         self.tokenizer = Tokenizer.from_words(words, SPECIAL)
@@ -183,7 +182,7 @@ class Countdown:
         """The task that a `RunConfig` describes."""
         same = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
                 "ood_target_min", "ood_max_solutions")
-        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint", "ordered")
+        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint")
         return cls(**{name: getattr(config, name) for name in same},
                    **{name: getattr(config, f"trace_{name}") for name in traces})
 
@@ -238,29 +237,23 @@ class Countdown:
     def warm_trace(self, problem: Problem, rng: random.Random) -> tuple[list[int], list[float]]:
         """A response by random search, flaws included, and the weight of each token in the warm start's loss.
 
+        The answer is always the last attempt's: whoever has found a solution only checks it again.
         Proposals are random, so their tokens are mostly noise to learn and weigh half; a `yes` is rare and decides what
         happens next, so it weighs double.
         """
         by_value = self.chains(problem)
         proposals = [chain for value in sorted(by_value) for chain in by_value[value]]
-        if rng.random() >= self.ordered:
-            rng.shuffle(proposals)
-        tried, found, words, weights = [], None, [], []
+        rng.shuffle(proposals)
+        last, found, untried, words, weights = None, False, iter(proposals * self.max_attempts), [], []
         for _ in range(self.max_attempts):
             if rng.random() < (1 - self.go_on if found else self.give_up):
                 break
-            if tried and rng.random() < self.repeat:
-                chain = rng.choice(tried)
-            elif rng.random() < self.hint:
-                chain = rng.choice(by_value[problem.target])
-            else:
-                chain = proposals[len(tried) % len(proposals)]
-            tried.append(chain)
-            hit = chain.results[-1] == problem.target
-            found = chain if hit else found
-            words += ["<try>", *chain.attempt, "yes" if hit else "no"]
-            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1) + [2.0 if hit else 1.0]
-        answer = found or (tried[-1] if tried else rng.choice(proposals))  # with nothing found, a guess
+            if not found and (last is None or rng.random() >= self.repeat):
+                last = rng.choice(by_value[problem.target]) if rng.random() < self.hint else next(untried)
+            found = last.results[-1] == problem.target
+            words += ["<try>", *last.attempt, "yes" if found else "no"]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1) + [2.0 if found else 1.0]
+        answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         ids = self.tokenizer.encode(" ".join(words + ending))
         return ids, weights + [1.0] * len(ending)

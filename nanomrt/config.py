@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-ALGORITHMS = ("grpo", "mrt_online", "mrt")
+ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime")
 CHOICES = {
     "algorithm": ALGORITHMS,
-    "advantage_norm": ("mean", "mean_std"),
+    "advantage_norm": ("mean", "mean_std", "rloo"),
     "progress_norm": ("none", "mean", "mean_std"),
     "loss_norm": ("token", "sequence", "constant"),
     "kl_estimator": ("k2", "k3", "k1_reward"),
@@ -61,11 +61,10 @@ class RunConfig:
 
     # warm start: random search traces with flaws (nanomrt/warmstart.py)
     trace_max_attempts: int = key(12, "attempts in the longest trace")
-    trace_repeat: float = key(0.2, "probability that an attempt repeats an earlier one")
-    trace_go_on: float = key(0.4, "probability of another attempt after a success")
+    trace_repeat: float = key(0.3, "probability that the attempt after a failure repeats it")
+    trace_go_on: float = key(0.7, "probability that a success is checked once more")
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt")
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction")
-    trace_ordered: float = key(0.0, "share of traces that search in order instead of at random")
     warm_steps: int = key(500, "optimiser steps")
     warm_batch: int = key(64, "traces per step")
     warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices")
@@ -92,13 +91,14 @@ class RunConfig:
     temperature: float = key(1.0, "sampling temperature, the same in the loss")
     truncated: str = key("zero", "a rollout that was cut off: zero (scores 0 and trains) or mask (left out of the loss)")
 
-    # algorithm (nanomrt/mrt.py)
-    algorithm: str = key("mrt_online", "grpo, mrt_online (episode-local progress) or mrt (prefix form)")
+    # algorithm (nanomrt/methods.py, nanomrt/mrt.py)
+    algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
-    forks: int = key(1, "forced answers per boundary, m")
+    length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
+    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
-    advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred) or mean_std (and divided by the std)")
+    advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
     progress_norm: str = key("mean_std", "progress over the batch: none, mean or mean_std")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
@@ -127,14 +127,14 @@ class RunConfig:
         if min(self.minibatches, self.num_key_value_heads) < 1:
             raise ValueError("minibatches and num_key_value_heads must be at least 1")
         prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
-        thinking = max(self.thinking_budget * (2 if self.algorithm == "mrt" else 1),  # a prefix, and a budget after it
-                       self.eval_budget, 3 * self.used * self.trace_max_attempts)
-        # A cut-off rollout had room for its answer, and is forced to answer once more; in the prefix form so was the prefix.
-        longest = prompt + thinking + answer * (3 if self.algorithm == "mrt" else 2)
+        twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
+        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, 3 * self.used * self.trace_max_attempts)
+        # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
+        longest = prompt + thinking + answer * (2 + twice)
         checks = [
             (self.group_size > 1, "group_size must be at least 2: an advantage compares rollouts of one problem"),
             (self.algorithm != "mrt" or self.group_size % 2 == 0,
-             f"group_size={self.group_size} must be even for algorithm=mrt: half of a group stops at the prefix"),
+             f"group_size={self.group_size} must be even for algorithm=mrt: half of a group stops at the cut"),
             (self.prompts_per_step * self.group_size % self.minibatches == 0,
              f"prompts_per_step * group_size = {self.prompts_per_step * self.group_size} must be divisible by "
              f"minibatches={self.minibatches}"),
@@ -143,6 +143,8 @@ class RunConfig:
              f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             (self.alpha >= 0, "alpha must not be negative"),
+            (0 <= self.length_penalty <= 1,
+             "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
             (min(self.forks, self.steps, self.prompts_per_step, self.save_every, self.sample_every, self.eval_problems,
                  self.eval_samples, self.warm_batch, self.warm_steps, self.thinking_budget, self.micro_batch_tokens) >= 1,

@@ -1,4 +1,4 @@
-"""Meta Reinforcement Fine-Tuning: episodes, J, progress, advantages and the loss, on flat packed tensors.
+"""Meta Reinforcement Fine-Tuning: episodes, J, progress, credit and the loss, on flat packed tensors.
 
 A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer forced after episode j is right, estimated
 from m forced answers. Equations (numbers stand on the lines that compute them):
@@ -11,6 +11,9 @@ from m forced answers. Equations (numbers stand on the lines that compute them):
 alpha = 0 is GRPO. gamma = 1 telescopes to J_T - J_{j-1}: a better baseline for the outcome, not another objective. What
 makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
 Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
+
+The other members of the family stand beside it: each is one credit function (batch, episodes, config) -> A (N,), and
+`nanomrt/methods.py` says whose rollouts it reads.
 Dimension key: N packed tokens, B rollouts, E episodes of all rollouts, P prompts.
 """
 
@@ -80,7 +83,10 @@ def episodes_between(row: Tensor, boundary: Tensor, J: Tensor) -> Episodes:
 
 
 def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
-    """Reward minus its group's mean; `mean_std` divides by the group's population std, and 0 stays 0. (B,) -> (B,).
+    """Reward minus a baseline from its group, and 0 stays 0. (B,) -> (B,).
+
+    mean: minus the group's mean (Dr. GRPO); mean_std: and divided by the group's population std (GRPO); rloo: minus the mean
+    of the *other* rollouts, which is `mean` times G/(G-1) and makes the estimate unbiased.
 
     >>> group_advantage(torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.tensor([7, 7, 3, 3]), "mean")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -91,6 +97,8 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     centred = reward.double() - mean(reward.double())[group]
     if norm == "mean_std":
         centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)
+    if norm == "rloo":
+        centred = centred * (size / (size - 1).clamp(min=1))[group]
     return centred.to(reward.dtype)
 
 
@@ -117,21 +125,99 @@ def normalise(progress: Tensor, norm: str) -> Tensor:
     return centred if norm == "mean" else centred / (centred.square().mean().sqrt() + 1e-6)
 
 
-def advantages(batch: Batch, episodes: Episodes | None, *, alpha: float, gamma: float, advantage_norm: str,
-               progress_norm: str) -> Tensor:
-    """(3), one number per token: (N,), 0 where the policy did not act. Without episodes or with alpha = 0 it is GRPO.
+def spread(batch: Batch, episodes: Episodes, credit: Tensor) -> Tensor:
+    """Give each episode's credit to its tokens. (E,) -> (N,), 0 outside of episodes."""
+    if not len(credit):
+        return torch.zeros(len(batch.tokens), device=batch.tokens.device)
+    token = torch.arange(len(batch.tokens), device=credit.device)  # (N,)
+    which = (torch.searchsorted(episodes.start, token, right=True) - 1).clamp(min=0)  # (N,) last episode begun by then
+    inside = (token >= episodes.start[which]) & (token < episodes.end[which])
+    return torch.where(inside, credit[which], 0.0)
 
-    A member of the family is a choice of contexts (who is in the batch), of J (how a context is valued) and of this line.
+
+# --- Credit: a method's A for every token, (N,), 0 where the policy did not act ---
+
+
+def outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+    """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`."""
+    return group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
+
+
+def short_outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+    """GRPO with a price on tokens: reward · (1 - length_penalty · tokens / thinking_budget). Only right answers pay: else
+    the shortest wrong answer would be the best of a group that finds none. Arora and Zanette, arXiv 2502.04463."""
+    tokens = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.is_action.float())  # (B,)
+    reward = batch.reward * (1 - config.length_penalty * tokens / config.thinking_budget)
+    return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
+
+
+def progress_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+    """MRT: A_j = A_outcome + alpha · credit_j, (3), with progress normalised over the batch. Qu et al., arXiv 2503.07572."""
+    advantage = outcome_credit(batch, episodes, config)
+    if episodes is None or config.alpha == 0:
+        return advantage
+    credit = discounted_credit(normalise(episodes.progress, config.progress_norm), episodes.row, config.gamma)  # (E,)
+    return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
+
+
+def prefix_bonus_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+    """MRT's backtracking form: reward f + alpha · (f - J(z_1)) for all that follows the failed attempt z_1, relative to the
+    group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
+    bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress)  # (B,)
+    reward = batch.reward + config.alpha * bonus
+    return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
+
+
+def value_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+    """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
+    itself. Summed over a rollout it is reward - V(c_0), the outcome; no other term. Kazemnejad et al., arXiv 2410.01679."""
+    return spread(batch, episodes, normalise(episodes.progress, config.progress_norm)) * batch.is_action
+
+
+def anytime_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+    """Budget relative policy optimisation: A = R(s) - baseline, R(s) = 1/C · integral_s^C J(t) dt, for the tokens of an episode
+    that starts after s thinking tokens; C is the thinking budget. Qi et al., arXiv 2505.13438.
+
+    R(0) is 1 - regret, the accuracy at a budget drawn uniformly from 0..C. The baseline is part what the rollout's own past
+    lets expect and part its group's mean: s/C · (mean J before s) · (C-s)/C + (1 - s/C) · (group's mean of R(s)).
     """
-    outcome = group_advantage(batch.reward, batch.prompt_id, advantage_norm)  # (B,)
-    advantage = outcome[batch.row]  # (N,)
-    if episodes is not None and alpha > 0 and len(episodes.row):
-        credit = discounted_credit(normalise(episodes.progress, progress_norm), episodes.row, gamma)  # (E,)
-        token = torch.arange(len(advantage), device=advantage.device)  # (N,)
-        which = (torch.searchsorted(episodes.start, token, right=True) - 1).clamp(min=0)  # (N,) last episode begun by then
-        inside = (token >= episodes.start[which]) & (token < episodes.end[which])
-        advantage = advantage + torch.where(inside, alpha * credit[which], 0.0)  # (3)
-    return advantage * batch.is_action
+    C, device = config.thinking_budget, batch.tokens.device
+    J, s = value_over_tokens(batch, episodes, C)  # (B,C+1), (N,)
+    t, so_far = torch.arange(C + 1, device=device), J.cumsum(1)
+    ahead, past = (so_far[:, -1:] - so_far + J) / C, (so_far - J) / t.clamp(min=1)  # (B,C+1) R, and the mean J before
+    _, group, size = batch.prompt_id.unique(return_inverse=True, return_counts=True)
+    shared = ahead.new_zeros(len(size), C + 1).index_add(0, group, ahead) / size[:, None]  # (P,C+1)
+    baseline = t / C * past * (C - t) / C + (1 - t / C) * shared[group]
+    return (ahead - baseline)[batch.row, s] * batch.is_action
+
+
+def value_over_tokens(batch: Batch, episodes: Episodes, C: int) -> tuple[Tensor, Tensor]:
+    """J after t thinking tokens, t = 0..C, (B,C+1): the last boundary's, and the reward once the answer is given; and for every
+    token (N,) the t at which its episode, or the answer, begins. For whole traces."""
+    row, begin = episodes.row, batch.offset + batch.lengths  # (E,)
+    begin = begin.index_add(0, batch.row, -batch.is_action.long())  # (B,) the first token of each response
+    start, end = (x - begin[row] for x in (episodes.start, episodes.end))  # (E,) in thinking tokens
+    thinking = torch.zeros_like(begin).scatter_reduce(0, row, end, "amax").clamp(max=C)  # (B,)
+    change = torch.zeros(len(begin), C + 1, device=begin.device)  # (B,C+1)
+    change.index_put_((row, end.clamp(max=C)), episodes.progress, accumulate=True)
+    change[row[start == 0], 0] += episodes.J_before[start == 0]
+    change.scatter_add_(1, thinking[:, None], (batch.reward - change.sum(1))[:, None])
+    inside = spread(batch, episodes, torch.ones_like(episodes.J_after)) > 0
+    s = spread(batch, episodes, start.clamp(max=C).float()).long()
+    return change.cumsum(1), torch.where(inside, s, thinking[batch.row])
+
+
+def imitation_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+    """Supervised learning of what is right: A = reward in {0, 1}, no baseline. Zelikman et al. (STaR), arXiv 2203.14465."""
+    return batch.reward[batch.row] * batch.is_action
+
+
+def plain_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+    """Supervised learning of everything: A = 1."""
+    return batch.is_action.float()
+
+
+# --- Loss ---
 
 
 def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:
@@ -152,6 +238,11 @@ def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight
     """(4), a scalar; every argument (n,). Its value is near 0 on policy, its gradient is REINFORCE's."""
     ratio = (logprob - old_logprob).exp()
     return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)).sum()
+
+
+def likelihood_loss(logprob: Tensor, advantage: Tensor, weight: Tensor) -> Tensor:
+    """Of the supervised methods, a scalar: every token's log-prob, as much as it is worth. Every argument (n,)."""
+    return -(weight * advantage * logprob).sum()
 
 
 def kl_penalty(logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:

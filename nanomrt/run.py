@@ -23,8 +23,8 @@ import torch
 
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError, describe, load_config, parse_overrides, read_config, run_name, save_config
+from nanomrt.methods import Gathered
 from nanomrt.model import Llama
-from nanomrt.rollout import Collected
 
 USAGE = "usage: python train.py config/small.py [--key=value …] [--resume] [--force]"
 
@@ -122,18 +122,18 @@ class Run:
         print(f"warning: skipped an update at step {self.step + 1}: its gradient norm is {norm}", file=sys.stderr)
         return False
 
-    def record(self, collected: Collected, learned: dict[str, float]) -> None:
+    def record(self, gathered: Gathered, learned: dict[str, float]) -> None:
         """Count a finished step: its row in metrics.jsonl and its line on the screen."""
         self.step += 1
-        self.ledger["trace"] += collected.trace_tokens
-        self.ledger["fork"] += collected.fork_tokens
-        for stage, spent in collected.seconds.items():
-            self.seconds[stage] += spent
+        self.ledger["trace"] += gathered.trace_tokens
+        self.ledger["fork"] += gathered.fork_tokens
+        self.seconds["trace"] -= gathered.fork_seconds  # the clock of gathering ran on
+        self.seconds["fork"] += gathered.fork_seconds
         spent = {f"seconds_{stage}": self.seconds[stage] - self._before[stage] for stage in ("trace", "fork", "update")}
-        row = {"step": self.step, **collected.metrics(), **learned, "skipped": self.skipped,
+        row = {"step": self.step, **gathered.metrics(), **learned, "skipped": self.skipped,
                **{f"{name}_tokens": count for name, count in self.ledger.items()}, **spent}
-        sampled = collected.trace_tokens + collected.fork_tokens
-        row["tokens_per_second"] = sampled / (row["seconds_trace"] + row["seconds_fork"])
+        sampled = gathered.trace_tokens + gathered.fork_tokens
+        row["tokens_per_second"] = sampled / max(row["seconds_trace"] + row["seconds_fork"], 1e-9)
         self._before = dict(self.seconds)
         report.append_jsonl(self.folder / "metrics.jsonl", row)
         pace = (time.perf_counter() - self._began) / (self.step - self._first_step)

@@ -1,0 +1,219 @@
+"""The family of methods, side by side: who is in a step's batch, what is measured inside of it, and how it is credited.
+
+    method          rollouts                                   value of a context                credit (nanomrt/mrt.py)
+    sft             search traces of the warm start            -                                 all of it is right
+    star            the policy's traces                        -                                 the right ones are right
+    grpo            the policy's traces                        -                                 outcome
+    length_penalty  the policy's traces                        -                                 outcome minus a price on tokens
+    mrt_online      the policy's traces                        J at every boundary               outcome + progress
+    mrt             from a cut, half stopped, half going on    J there and one episode later     outcome + progress
+    mrt_b           going on from a failed attempt             J of that attempt                 outcome + what it gained
+    mrt_star        traces cut where J is largest              J at every boundary               the right ones are right
+    vineppo         the policy's traces                        V at every boundary               V after - V before
+    anytime         the policy's traces                        J at every boundary               accuracy at all later budgets
+
+J stops the thinking and takes an answer; V lets the policy go on to its end. A new idea is one more line in METHODS: a function
+that gathers a batch, or one in `mrt.py` that credits it, or both.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanomrt import mrt
+from nanomrt.config import RunConfig
+from nanomrt.model import Llama
+from nanomrt.mrt import Batch, Episodes, episodes_between
+from nanomrt.rollout import (
+    Rollouts,
+    boundaries,
+    continue_from,
+    example,
+    force_answers,
+    go_on,
+    roll_out,
+    training_sampling,
+    written,
+)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one step learns from."""
+
+    rollouts: Rollouts
+    batch: Batch
+    episodes: Episodes | None  # None: nothing was measured inside of the rollouts
+    trace_tokens: int  # generated, for the ledger
+    fork_tokens: int = 0
+    fork_seconds: float = 0.0  # wall clock of the forks
+
+    def metrics(self) -> dict[str, float | None]:
+        """What a step line says about the rollouts: means over rollouts, or over episodes for `progress`."""
+        batch, E = self.batch, self.episodes
+        mean = lambda x: float(x.float().mean()) if len(x) else 0.0
+        metrics = {"reward": mean(batch.reward), "finished": mean(batch.finished), "J_first": None, "J_last": None,
+                   "progress": None, "episodes": None,
+                   "response_tokens": int(batch.is_action.sum()) / len(batch.lengths)}
+        if E is not None:
+            first, last = E.row != E.row.roll(1), E.row != E.row.roll(-1)
+            first[:1], last[-1:] = True, True
+            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress),
+                        "episodes": len(E.row) / len(batch.lengths)}
+        return metrics
+
+    def example(self, task) -> dict:
+        """The batch's first rollout with an episode, and its J if it is known at every boundary (in the prefix form it is
+        known at two)."""
+        E, row, J = self.episodes, 0, []
+        if E is not None and len(E.row):
+            row = int(E.row[0])
+            J = E.J_before[:1].tolist() + E.J_after[E.row == row].tolist()
+        episodes = len(task.episode_ends(self.rollouts.response(row)))
+        return example(task, self.rollouts, row, J if len(J) == episodes + 1 else [])
+
+
+# --- Gathering: (model, task, problems, config, generator) -> Gathered ---
+
+
+def traces(model: Llama, task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> Gathered:
+    """The policy's own traces and their verdicts, nothing inside."""
+    rollouts = roll_out(model, task, problems, config.group_size, training_sampling(task, config), generator)
+    return Gathered(rollouts, rollouts.batch(), None, rollouts.samples.generated)
+
+
+def traces_with_J(model, task, problems, config, generator) -> Gathered:
+    """The policy's own traces, and J at every boundary. With alpha = 0 nothing would read J: it isn't asked for."""
+    gathered = traces(model, task, problems, config, generator)
+    if config.alpha == 0:
+        return gathered
+    return measured(gathered, *boundaries(task, gathered.rollouts), stopping(model, task, config, generator))
+
+
+def traces_with_V(model, task, problems, config, generator) -> Gathered:
+    """The policy's own traces, and V at every boundary; after the answer it is the reward. The answer is the last episode."""
+    gathered = traces(model, task, problems, config, generator)
+    rollouts, row, position, known = gathered.rollouts, [], [], []
+    for r, start in enumerate(rollouts.prompt_length):
+        ends = [end for end in task.episode_ends(rollouts.response(r)) if start + end < len(rollouts.tokens[r])]
+        row += [r] * (len(ends) + 2)
+        position += [start, *(start + end for end in ends), len(rollouts.tokens[r])]
+        known += [None] * (len(ends) + 1) + [rollouts.reward[r]]
+    value = lambda *where: go_on(model, task, *where, config, generator)
+    return measured(gathered, row, position, value, known)
+
+
+def prefix_form(model, task, problems, config, generator) -> Gathered:
+    """MRT's prefix form: each row cuts its problem's trace after a random number of episodes; from there, half of a group is
+    forced to answer now and half goes on, and progress is what the first new episode changed."""
+    G, base = config.group_size, roll_out(model, task, problems, 1, training_sampling(task, config), generator)
+    owner = [i for i in range(len(problems)) for _ in range(G)]
+    pick = torch.rand(len(owner), generator=generator).tolist()
+    cut = []
+    for i, share in zip(owner, pick):
+        places = [0, *task.episode_ends(base.response(i))[:-1]]  # 0 … T-1 episodes stay
+        cut.append(base.prompt_length[i] + places[int(share * len(places))])
+    forced = [task.forced_stop if r % G < G // 2 else [] for r in range(len(owner))]
+    rollouts = continue_from(model, task, [problems[i] for i in owner], base.samples.segments(), owner,
+                             [base.tokens[i][:c] for i, c in zip(owner, cut)], forced, owner, training_sampling(task, config),
+                             generator)
+    row, position = [], []
+    for r, start in enumerate(rollouts.prompt_length):
+        new = [start + end for end in task.episode_ends(rollouts.response(r)) if start + end > cut[r]]
+        if new and not forced[r]:
+            row += [r, r]
+            position += [cut[r], new[0]]
+    gathered = Gathered(rollouts, rollouts.batch(), None, base.samples.generated + rollouts.samples.generated)
+    return gathered if config.alpha == 0 else measured(gathered, row, position, stopping(model, task, config, generator))
+
+
+def after_an_attempt(model, task, problems, config, generator) -> Gathered:
+    """MRT's backtracking form: every row makes an attempt of its own, z_1, and goes on from there; z_1 is context, not action.
+    What follows is one episode: from J(z_1) to the verdict."""
+    sampling = training_sampling(task, config)
+    one = replace(sampling, max_new_tokens=task.attempt_tokens)
+    base = roll_out(model, task, problems, config.group_size, one, generator)
+    cut = [start + (task.episode_ends(base.response(r)) or [0])[0] for r, start in enumerate(base.prompt_length)]
+    rows = range(len(cut))
+    rollouts = continue_from(model, task, base.problems, base.samples.segments(), rows,
+                             [base.tokens[r][: cut[r]] for r in rows], [[]] * len(cut), base.prompt_id, sampling, generator)
+    gathered = Gathered(rollouts, rollouts.batch(), None, base.samples.generated + rollouts.samples.generated)
+    where = [(r, place, known) for r in rows for place, known in ((cut[r], None), (len(rollouts.tokens[r]), rollouts.reward[r]))]
+    row, position, known = map(list, zip(*where))
+    return measured(gathered, row, position, stopping(model, task, config, generator), known)
+
+
+def best_prefixes(model, task, problems, config, generator) -> Gathered:
+    """MRT's STaR form: every trace is cut at the earliest boundary with the largest J, and goes on with a right answer forced
+    there; a trace of which every forced answer is wrong is wrong itself."""
+    gathered = traces(model, task, problems, config, generator)
+    rollouts, (row, position) = gathered.rollouts, boundaries(task, gathered.rollouts)
+    began = time.perf_counter()
+    forced = force_answers(model, task, rollouts, row, position, config.forks, config.fork_temperature, generator)
+    best: dict[int, int] = {}  # of each trace: where J is largest
+    for i, r in enumerate(row):
+        if r not in best or forced.J[i] > forced.J[best[r]]:
+            best[r] = i
+    tokens = list(rollouts.tokens)
+    for r, i in best.items():
+        if forced.right[i] is not None:
+            tokens[r] = rollouts.tokens[r][: position[i]] + forced.right[i]
+    kept = written(task, rollouts.problems, rollouts.prompt_id, tokens)
+    return Gathered(kept, kept.batch(), None, gathered.trace_tokens, forced.generated, time.perf_counter() - began)
+
+
+def search_traces(model, task, problems, config, generator) -> Gathered:
+    """What the warm start learns from, flaws included: `group_size` traces of each problem, none of them sampled."""
+    rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+    owner = [i for i in range(len(problems)) for _ in range(config.group_size)]
+    tokens = [task.prompt(problems[i]) + task.warm_trace(problems[i], rng)[0] for i in owner]
+    rollouts = written(task, [problems[i] for i in owner], owner, tokens)
+    return Gathered(rollouts, rollouts.batch(), None, 0)
+
+
+def stopping(model: Llama, task, config: RunConfig, generator: torch.Generator) -> Callable:
+    """How J is asked for: (rollouts, row, position) -> Forked."""
+    return lambda *where: force_answers(model, task, *where, config.forks, config.fork_temperature, generator)
+
+
+def measured(gathered: Gathered, row: list[int], position: list[int], value: Callable,
+             known: Sequence[float | None] | None = None) -> Gathered:
+    """With the episodes between these boundaries; `value` is asked for what isn't `known`."""
+    began, known = time.perf_counter(), known or [None] * len(row)
+    ask = [i for i, x in enumerate(known) if x is None]
+    forked = value(gathered.rollouts, [row[i] for i in ask], [position[i] for i in ask])
+    device = gathered.batch.reward.device
+    J = torch.tensor([x or 0.0 for x in known], device=device)  # (len(row),)
+    J[ask] = forked.J
+    at = torch.tensor(row, dtype=torch.int64, device=device)
+    place = gathered.batch.offset[at] + torch.tensor(position, dtype=torch.int64, device=device)
+    return Gathered(gathered.rollouts, gathered.batch, episodes_between(at, place, J), gathered.trace_tokens, forked.generated,
+                    time.perf_counter() - began)
+
+
+# --- The family ---
+
+
+class Method(NamedTuple):
+    gather: Callable[..., Gathered]
+    credit: Callable[[Batch, Episodes | None, RunConfig], Tensor]  # (N,)
+    supervised: bool = False  # the loss is -A log p, not a policy gradient
+
+
+METHODS = {
+    "sft": Method(search_traces, mrt.plain_credit, supervised=True),
+    "star": Method(traces, mrt.imitation_credit, supervised=True),
+    "grpo": Method(traces, mrt.outcome_credit),
+    "length_penalty": Method(traces, mrt.short_outcome_credit),
+    "mrt_online": Method(traces_with_J, mrt.progress_credit),
+    "mrt": Method(prefix_form, mrt.progress_credit),
+    "mrt_b": Method(after_an_attempt, mrt.prefix_bonus_credit),
+    "mrt_star": Method(best_prefixes, mrt.imitation_credit, supervised=True),
+    "vineppo": Method(traces_with_V, mrt.value_credit),
+    "anytime": Method(traces_with_J, mrt.anytime_credit),
+}
