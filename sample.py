@@ -90,11 +90,11 @@ def think(model: Llama, task: Countdown, prompt: list[int], budget: int, samplin
 
     Each piece draws from a generator of its own, so that the budget does not change what is thought before it is used up.
     """
-    marks = (task.open_episode, task.close_thinking, task.stop)
+    opening = (task.open_episode, task.go_back)
     context, episode, cache = list(prompt), [], prefill(model, [prompt])
     left = budget
     while left:
-        limit, generator = replace(sampling, max_new_tokens=left, stop_ids=marks), generator_for(seed, "think", len(context))
+        limit, generator = replace(sampling, max_new_tokens=left, stop_ids=(*opening, task.close_thinking, task.stop)), generator_for(seed, "think", len(context))
         samples = branch(model, cache, [0], [context], [[]], limit, generator)
         new, cache = samples.rows()[0][1:], samples.segments()  # the first token is the context's last one, given again
         left -= len(new)
@@ -104,7 +104,7 @@ def think(model: Llama, task: Countdown, prompt: list[int], budget: int, samplin
             return
         *rest, mark = new
         episode = episode + rest
-        if mark != task.open_episode:
+        if mark not in opening:
             if episode:
                 yield episode, cache
             return

@@ -4,8 +4,9 @@
     <answer> ( 3 * 7 ) + 4 </answer>
 
 An attempt is an *episode*: `<try>`, then a chain `a op b r op c v` that applies one operation after the other to a running
-result (7 + 4 = 11, 11 * 3 = 33), then a check of v against the target. Each number is one token. The vocabulary has no
-`=`, which saves two tokens in nine of every attempt; `Countdown.show` writes it for the eye.
+result (7 + 4 = 11, 11 * 3 = 33), then a check of v against the target. `<back> 11 - 3 8 no` is an episode too: it goes back to
+a running result of the last attempt and on from there. Each number is one token. The vocabulary has no `=`, which saves two
+tokens in nine of every attempt; `Countdown.show` writes it for the eye.
 
 Warm-start traces search at random, with flaws that the config sets, so that reinforcement learning has something to improve:
 they try what has just failed once more, check over and over what has just succeeded, and give up early. Problems are drawn by
@@ -27,7 +28,7 @@ from itertools import permutations, product
 from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
-SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>")
+SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>")
 SPLITS = ("train", "validation", "test", "ood")
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong: it bounds what the parser sees
 
@@ -53,10 +54,10 @@ class Chain:
     ops: tuple[str, ...]
     results: tuple[int, ...]
 
-    @property
-    def attempt(self) -> list[str]:
-        words = [str(self.numbers[0])]
-        for op, number, result in zip(self.ops, self.numbers[1:], self.results):
+    def attempt(self, kept: int = 0) -> list[str]:
+        """As an episode is written: from the beginning, or back to where `kept` operations of the last attempt were done."""
+        words = ["<back>", str(self.results[kept - 1])] if kept else ["<try>", str(self.numbers[0])]
+        for op, number, result in zip(self.ops[kept:], self.numbers[kept + 1 :], self.results[kept:]):
             words += [op, str(number), str(result)]
         return words
 
@@ -155,7 +156,8 @@ class Countdown:
                  max_value: int = RunConfig.max_value, ood_target_min: int = RunConfig.ood_target_min,
                  ood_max_solutions: int = RunConfig.ood_max_solutions, max_attempts: int = RunConfig.trace_max_attempts,
                  repeat: float = RunConfig.trace_repeat, go_on: float = RunConfig.trace_go_on,
-                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint):
+                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint,
+                 backtrack: float = RunConfig.trace_backtrack):
         if not 2 <= used <= numbers <= number_max:
             raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={used}, numbers={numbers}, "
                              f"number_max={number_max}")
@@ -167,12 +169,12 @@ class Countdown:
         self.target_min, self.target_max = target_min, target_max
         self.max_solutions, self.max_value, self.max_attempts = max_solutions, max_value, max_attempts
         self.ood_target_min, self.ood_max_solutions = ood_target_min, ood_max_solutions
-        self.repeat, self.go_on, self.give_up, self.hint = repeat, go_on, give_up, hint
+        self.repeat, self.go_on, self.give_up, self.hint, self.backtrack = repeat, go_on, give_up, hint, backtrack
 
         words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, max_value + 1)))
         self.tokenizer = Tokenizer.from_words(words, SPECIAL)
-        self.open_thinking, self.close_thinking, self.open_answer, self.stop, self.open_episode = (
-            self.tokenizer.id(word) for word in ("<think>", "</think>", "<answer>", "</answer>", "<try>"))
+        self.open_thinking, self.close_thinking, self.open_answer, self.stop, self.open_episode, self.go_back = (
+            self.tokenizer.id(word) for word in ("<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>"))
         self.forced_stop = [self.close_thinking, self.open_answer]  # "time is up, answer now"
         self.attempt_tokens = 3 * used  # <try>, the first number, (op, number, result) for each further one, the check
         self.answer_tokens = used + (used - 1) + 2 * (used - 2) + 1  # numbers, operators, brackets, </answer>
@@ -182,7 +184,7 @@ class Countdown:
         """The task that a `RunConfig` describes."""
         same = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
                 "ood_target_min", "ood_max_solutions")
-        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint")
+        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint", "backtrack")
         return cls(**{name: getattr(config, name) for name in same},
                    **{name: getattr(config, f"trace_{name}") for name in traces})
 
@@ -248,25 +250,37 @@ class Countdown:
         for _ in range(self.max_attempts):
             if rng.random() < (1 - self.go_on if found else self.give_up):
                 break
-            if not found and (last is None or rng.random() >= self.repeat):
+            kept = 0
+            if last and not found and rng.random() < self.backtrack:
+                last, kept = self.back_from(last, proposals, problem.target, rng)
+            elif not found and (last is None or rng.random() >= self.repeat):
                 last = rng.choice(by_value[problem.target]) if rng.random() < self.hint else next(untried)
             found = last.results[-1] == problem.target
-            words += ["<try>", *last.attempt, "yes" if found else "no"]
-            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1) + [2.0 if found else 1.0]
+            words += [*last.attempt(kept), "yes" if found else "no"]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1 - kept) + [2.0 if found else 1.0]
         answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         ids = self.tokenizer.encode(" ".join(words + ending))
         return ids, weights + [1.0] * len(ending)
 
+    def back_from(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int]:
+        """Another way on from a running result of a failed attempt, one that reaches the target if there is any, and how many
+        operations both share; the failed attempt once more, from the beginning, where there is no other way."""
+        kept = rng.randrange(self.used - 1)
+        shared = failed.numbers[: kept + 1], failed.ops[:kept]
+        ways = [way for way in proposals if (way.numbers[: kept + 1], way.ops[:kept]) == shared and way != failed]
+        right = [way for way in ways if way.results[-1] == target]
+        return (rng.choice(right or ways), kept) if ways else (failed, 0)
+
     def episode_ends(self, response: Sequence[int]) -> list[int]:
-        """Where each episode of a response ends (exclusive): before the next `<try>`, before `</think>` (or a stray
+        """Where each episode of a response ends (exclusive): before the next `<try>` or `<back>`, before `</think>` (or a stray
         `</answer>`), or where the response was cut off.
 
         No `<try>`, no episode. The first episode owns whatever stands before its `<try>`.
         """
         endings = (i for i, token in enumerate(response) if token in (self.close_thinking, self.stop))
         close = next(endings, len(response))
-        opens = [i for i in range(close) if response[i] == self.open_episode]
+        opens = [i for i in range(close) if response[i] in (self.open_episode, self.go_back)]
         return [*opens[1:], close] if opens else []
 
     # --- Verdict ---
@@ -295,8 +309,8 @@ class Countdown:
         count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "hits", "solved", "answered"), 0)
         for problem, response, reward in zip(problems, responses, rewards):
             solved = False
-            for attempt in self.tokenizer.decode(response).split("</think>")[0].split("<try>")[1:]:
-                words = re.fullmatch(r"\s*(\d+)((?: [-+*/] \d+ \d+)+) (yes|no)\s*", attempt)
+            for attempt in self.tokenizer.decode(response).split("</think>")[0].split("<")[1:]:
+                words = re.fullmatch(r"(?:try|back)> (\d+)((?: [-+*/] \d+ \d+)+) (yes|no)\s*", attempt)
                 if not words:
                     continue  # malformed or cut off
                 value, steps, check = int(words[1]), words[2].split(), words[3]

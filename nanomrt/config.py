@@ -65,6 +65,7 @@ class RunConfig:
     trace_go_on: float = key(0.7, "probability that a success is checked once more")
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt")
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction")
+    trace_backtrack: float = key(0.0, "probability that the attempt after a failure goes back to one of its running results")
     warm_steps: int = key(500, "optimiser steps")
     warm_batch: int = key(64, "traces per step")
     warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices")

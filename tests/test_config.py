@@ -22,7 +22,7 @@ from nanomrt.config import (
     save_config,
 )
 from nanomrt.model import Llama, ModelConfig
-from nanomrt.rollout import collect
+from nanomrt.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
@@ -190,9 +190,9 @@ def test_a_context_that_is_accepted_is_enough(algorithm, budgets):
             continue
     task = Countdown.from_config(config)
     for seed in range(4):
-        collected = collect(greedy_tryer(task, config), task, task.problems("train", config.prompts_per_step, seed), config,
-                            torch.Generator().manual_seed(seed))
-        assert max(map(len, collected.rollouts.tokens)) <= context
+        problems = task.problems("train", config.prompts_per_step, seed)
+        gathered = METHODS[algorithm].gather(greedy_tryer(task, config), task, problems, config, torch.Generator().manual_seed(seed))
+        assert max(map(len, gathered.rollouts.tokens)) <= context
 
 
 # --- Names, saving ---
@@ -271,12 +271,12 @@ def test_the_task_takes_its_settings_from_the_config():
     """Countdown.from_config passes each key on under its own name: changed values arrive."""
     config = RunConfig(numbers=4, used=3, number_max=11, target_min=12, target_max=50, operators="+*", max_solutions=3,
                        max_value=90, ood_target_min=41, ood_max_solutions=1, trace_max_attempts=7, trace_repeat=0.31,
-                       trace_go_on=0.32, trace_give_up=0.33, trace_hint=0.34)
+                       trace_go_on=0.32, trace_give_up=0.33, trace_hint=0.34, trace_backtrack=0.35)
     task = Countdown.from_config(config)
     for name in ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
                  "ood_target_min", "ood_max_solutions"):
         assert getattr(task, name) == getattr(config, name) != getattr(RunConfig(), name) or name == "used"
-    for name in ("max_attempts", "repeat", "go_on", "give_up", "hint"):
+    for name in ("max_attempts", "repeat", "go_on", "give_up", "hint", "backtrack"):
         assert getattr(task, name) == getattr(config, f"trace_{name}") != getattr(RunConfig(), f"trace_{name}")
 
 

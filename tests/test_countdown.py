@@ -214,7 +214,7 @@ def chains_by_hand(numbers, used, operators, max_value) -> set[tuple[int, str]]:
 def test_solve_finds_every_chain_once(numbers, used, operators, max_value):
     """The oracle lists exactly the chains of a brute force over positions, each once, under the value that it reaches."""
     solved = solve(numbers, used, operators, max_value)
-    listed = [(value, " ".join(chain.attempt)) for value, chains in solved.items() for chain in chains]
+    listed = [(value, " ".join(chain.attempt()[1:])) for value, chains in solved.items() for chain in chains]
     assert len(listed) == len(set(listed))
     assert set(listed) == chains_by_hand(numbers, used, operators, max_value)
 

@@ -6,6 +6,7 @@ every expectation below is exact. An urn with one right candidate in N gives J i
 
 import math
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,19 +15,23 @@ from hypothesis import strategies as st
 
 from nanomrt.mrt import (
     Batch,
-    advantages,
     clipped_loss,
     discounted_credit,
     episodes_between,
     group_advantage,
     kl_penalty,
     normalise,
+    progress_credit,
     token_weights,
 )
 
 V, T, G = 3, 3, 2
 SEQUENCES = torch.tensor(list(product(range(V), repeat=T)))  # (27,3)
 PLAIN = dict(gamma=0.0, advantage_norm="mean", progress_norm="none")
+
+
+def advantages(batch, episodes, **options):
+    return progress_credit(batch, episodes, SimpleNamespace(**options))
 
 
 def make_batch(lengths, rewards, prompt_ids, *, prompt=1, finished=None, logprob=None) -> Batch:

@@ -470,19 +470,20 @@ def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
     contexts = [rollouts.tokens[r][:p] for r, p in places]
     answers = greedy_answers(model, task, contexts)
     assert len(set(map(tuple, answers))) > 1
-    J, generated = force_answers(model, task, rollouts, *zip(*places, strict=True), 1, 0.0, None)
+    forced = force_answers(model, task, rollouts, *zip(*places, strict=True), 1, 0.0, None)
     expected = [task.grade(rollouts.problems[r], task.tokenizer.decode(answer))
                 for (r, _), answer in zip(places, answers, strict=True)]
-    torch.testing.assert_close(J, torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close(forced.J, torch.tensor(expected), atol=1e-6, rtol=0)
+    assert forced.right == [answer if verdict == 1 else None for answer, verdict in zip(answers, expected, strict=True)]
     asked = {tuple(context): answer for context, answer in zip(contexts, answers, strict=True)}
     assert len(asked) < len(contexts)  # J_0 of a prompt is asked once for all of its rollouts
-    assert generated == sum(len(answer) - 2 for answer in asked.values())  # what was drawn counts, not what was forced
+    assert forced.generated == sum(len(answer) - 2 for answer in asked.values())  # what was drawn counts, not what was forced
 
 
 def test_rollouts_with_equal_contexts_share_their_forks(model, rollouts):
     """Also sampled answers: J_0 of a prompt is one estimate, not one per rollout."""
     row, position = boundaries(Fingerprint(), rollouts)
-    J, _ = force_answers(model, Fingerprint(), rollouts, row, position, 2, 1.0, generator())
+    J = force_answers(model, Fingerprint(), rollouts, row, position, 2, 1.0, generator()).J
     first = {}
     for r, p, value in zip(row, position, J.tolist(), strict=True):
         assert first.setdefault(tuple(rollouts.tokens[r][:p]), value) == value
@@ -493,18 +494,18 @@ def test_several_forks_are_averaged_per_boundary(model, rollouts):
     """Forks that are all greedy average to the one greedy answer; the order of the boundaries is kept; tokens add up."""
     task = Fingerprint()
     row, position = (x[:40] for x in boundaries(task, rollouts))
-    one, tokens = force_answers(model, task, rollouts, row, position, 1, 0.0, None)
-    three, more_tokens = force_answers(model, task, rollouts, row, position, 3, 0.0, None)
-    torch.testing.assert_close(one, three, atol=1e-6, rtol=0)
-    assert more_tokens == 3 * tokens and len(set(one.tolist())) > 10
-    sampled, _ = force_answers(model, task, rollouts, row, position, 3, 1.0, generator())
-    assert sampled.shape == one.shape and not torch.equal(sampled, one)
+    one = force_answers(model, task, rollouts, row, position, 1, 0.0, None)
+    three = force_answers(model, task, rollouts, row, position, 3, 0.0, None)
+    torch.testing.assert_close(one.J, three.J, atol=1e-6, rtol=0)
+    assert three.generated == 3 * one.generated and len(set(one.J.tolist())) > 10
+    sampled = force_answers(model, task, rollouts, row, position, 3, 1.0, generator()).J
+    assert sampled.shape == one.J.shape and not torch.equal(sampled, one.J)
 
 
 def test_no_boundary_costs_nothing(model, rollouts):
     """No place to ask: no J, no token."""
-    J, generated = force_answers(model, Fingerprint(), rollouts, [], [], 2, 1.0, generator())
-    assert J.shape == (0,) and generated == 0
+    nothing = force_answers(model, Fingerprint(), rollouts, [], [], 2, 1.0, generator())
+    assert nothing.J.shape == (0,) and nothing.generated == 0
 
 
 def test_boundaries_enclose_the_episodes(rollouts):
