@@ -92,8 +92,9 @@ def distinct(task, split: str, count: int, seed: int | str) -> list:
 
 
 def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, seed: int | str,
-                    progress: Callable[[Iterable], Iterable] | None = None) -> dict:
-    """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve is a plain mean.
+                    progress: Callable[[Iterable], Iterable] | None = None, extrapolate: bool = True) -> dict:
+    """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve is a plain mean;
+    `per_problem` holds means over a problem's samples, for whoever compares runs.
 
     `progress` wraps the chunks of problems, as tqdm does. Tokens per right answer is inf if no answer is right.
     """
@@ -101,7 +102,8 @@ def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, s
         raise ValueError("evaluate_policy needs at least one problem")
     P, G, chunk = len(problems), config.eval_samples, max(1, ROWS // config.eval_samples)
     grid, starts = budget_grid(task, config), range(0, P, chunk)
-    parts = [sample_chunk(model, task, problems[start : start + chunk], config, grid, generator_for(seed, "evaluate", start))
+    parts = [sample_chunk(model, task, problems[start : start + chunk], config, grid, generator_for(seed, "evaluate", start),
+                          extrapolate)
              for start in (progress(starts) if progress else starts)]
     of = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     of = {name: column.reshape(P, G, *column.shape[1:]) for name, column in of.items()}  # (P,G) or (P,G,b)
@@ -118,7 +120,10 @@ def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, s
         "maj_at_k": {str(G): bootstrap([maj_at_k(votes[p], right[p]) for p in range(P)])},
         "budget_curve": curve(grid, J, of["spent"]),
         "regret": {str(h): bootstrap(normalised_regret(grid, J.mean(1), h)) for h in horizons},
-        "extrapolation": curve(grid, of["J_on"], of["spent_on"]),
+        **({"extrapolation": curve(grid, of["J_on"], of["spent_on"])} if extrapolate else {}),
+        "per_problem": {name: [round(float(x), 4) for x in values] for name, values in {
+            "right": right.mean(1), "tokens": of["tokens"].mean(1),
+            **{f"regret to {h}": normalised_regret(grid, J.mean(1), h) for h in horizons}}.items()},
     }
 
 
@@ -135,7 +140,7 @@ def curve(grid: Sequence[int], J: np.ndarray, spent: np.ndarray) -> list[dict]:
 
 
 def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid: Sequence[int],
-                 generator: torch.Generator) -> dict[str, np.ndarray]:
+                 generator: torch.Generator, extrapolate: bool) -> dict[str, np.ndarray]:
     """What is measured of G rollouts of each problem: columns with a row per rollout, (B,), or (B,b) along the grid."""
     training = training_sampling(task, config)
     cap, answer = training.max_new_tokens, len(task.forced_stop) + task.answer_tokens
@@ -149,15 +154,18 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
     length = np.array([len(response) for response in responses])  # (B,)
     thinking = np.array([thinking_tokens(task, response) for response in responses])  # (B,)
     J, spent = stopped_at(model, task, rollouts, grid, generator)  # (B,b)
-    extended = roll_out(model, task, problems, config.eval_samples, on, same)
-    J_on, spent_on = stopped_at(model, task, extended, grid, same)  # (B,b)
+    columns = {}
+    if extrapolate:
+        extended = roll_out(model, task, problems, config.eval_samples, on, same)
+        J_on, spent_on = stopped_at(model, task, extended, grid, same)  # (B,b)
+        columns = {"J_on": J_on, "spent_on": spent_on + answer}
     return {
         "right": np.array(rollouts.reward) * (length <= cap),
         "tokens": length.clip(max=cap),
         "thinking": thinking.clip(max=cap),
         "vote": np.array([answer_text(task, response[:cap]) for response in responses]),
         "J": J, "spent": spent + answer,  # an answer counts at its full allowance, which a well-formed one uses up
-        "J_on": J_on, "spent_on": spent_on + answer,
+        **columns,
     }
 
 

@@ -59,6 +59,7 @@ class Run:
         self.interrupted = False
         self._saved = 0  # the step of the last checkpoint; step 0 is the warm start
         self._before = dict(self.seconds)  # at the end of the last step
+        self.cpu_seconds = 0.0  # of this process in RL steps; unlike the wall clock it leaves out what others make it wait
         self._began, self._first_step = time.perf_counter(), 0
 
     # --- Beginning ---
@@ -77,6 +78,7 @@ class Run:
             state = checkpoint.load_training(newest, optimizer)
             self.step, self.ledger, self.seconds = state["step"], state["ledger"], state["seconds"]
             self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+            self.cpu_seconds = state["cpu_seconds"]
             for name in ("metrics.jsonl", "samples.jsonl"):
                 report.truncate_jsonl(self.folder / name, self.step)
             print(f"resumed after step {self.step} from {newest}")
@@ -85,6 +87,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             report.append_jsonl(self.folder / "metrics.jsonl", provenance(self))
         self._saved, self._first_step, self._began, self._before = self.step, self.step, time.perf_counter(), dict(self.seconds)
+        self._cpu_began = time.process_time()
         signal.signal(signal.SIGINT, self._interrupt)
 
     def _newest(self) -> Path | None:
@@ -133,6 +136,10 @@ class Run:
         row = {"step": self.step, **gathered.metrics(), **learned, "skipped": self.skipped,
                **{f"{name}_tokens": count for name, count in self.ledger.items()}, **spent}
         sampled = gathered.trace_tokens + gathered.fork_tokens
+        now = time.process_time()
+        self.cpu_seconds, self._cpu_began = self.cpu_seconds + now - self._cpu_began, now
+        row["seconds_cpu"] = self.cpu_seconds  # these two since the first step
+        row["seconds_total"] = sum(self.seconds[stage] for stage in ("trace", "fork", "update"))
         row["tokens_per_second"] = sampled / max(row["seconds_trace"] + row["seconds_fork"], 1e-9)
         self._before = dict(self.seconds)
         report.append_jsonl(self.folder / "metrics.jsonl", row)
@@ -150,7 +157,7 @@ class Run:
         if self._saved == self.step:
             return
         state = {"step": self.step, "ledger": self.ledger, "seconds": self.seconds, "skipped": self.skipped,
-                 "skipped_in_a_row": self.skipped_in_a_row}
+                 "skipped_in_a_row": self.skipped_in_a_row, "cpu_seconds": self.cpu_seconds}
         checkpoint.save(self.checkpoints / f"step-{self.step:06d}", model, tokenizer, generation, optimizer, state)
         self._saved = self.step
 

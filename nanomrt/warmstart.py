@@ -89,16 +89,22 @@ def gates(model: Llama, task, config: RunConfig) -> dict[str, tuple[float, float
     return {name: (value, getattr(config, f"gate_{name}")) for name, value in measured.items()}
 
 
-def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
-    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained and saved.
+def shaping(config: RunConfig) -> dict:
+    """The keys that shape a warm start, with their values."""
+    return {name: value for name, value in asdict(config).items()
+            if name.startswith(("trace_", "warm_")) or name in SHAPING_KEYS}
 
-    The cache's name is a hash of the keys that shape it, so runs that differ in RL only share one. Raises UserError with
-    advice if a gate fails, unless `force`.
-    """
-    shaping = {name: value for name, value in asdict(config).items()
-               if name.startswith(("trace_", "warm_")) or name in SHAPING_KEYS}
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(config.out_dir) / f"warm-{digest}"
+
+def warm_folder(config: RunConfig) -> Path:
+    """Where this config's warm start is cached; its name is a hash of what shapes it, so runs that differ in RL share one."""
+    digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()[:10]
+    return Path(config.out_dir) / f"warm-{digest}"
+
+
+def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
+    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained and saved. Raises UserError
+    with advice if a gate fails, unless `force`."""
+    folder = warm_folder(config)
     if checkpoint.damage(folder) is None:
         print(f"warm start: {folder}, trained before")
     else:
@@ -109,7 +115,7 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
             for loss in warm_start(model, task, config):
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 bar.update()
-        checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping})
+        checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
     failed = []
     for name, (measured, required) in gates(checkpoint.load_model(folder, device), task, config).items():
         print(f"  gate {name:<16} {measured:.3f}  (needs {required:.2f})  {'ok' if measured >= required else 'FAILED'}")

@@ -1,0 +1,314 @@
+"""Which method is best, and how sure is that? Trains what is missing, evaluates it on the same problems, writes one table.
+
+    python compare.py config/study.py --algorithms grpo,mrt_online,length_penalty --seeds 3
+    python compare.py config/study.py --algorithms grpo,mrt_online,mrt_online+alpha=2 --seeds 0,1 --split validation
+
+An arm is an algorithm, perhaps with keys of its own (`mrt_online+alpha=2`); the first arm is the baseline; any other
+`--key=value` holds for all. Runs of one seed share their warm start. Every finished run is one file in results/<config's name>/:
+what has one isn't trained again, and an interrupted run goes on where it was. Methods are compared three ways, because they
+spend differently:
+
+    equal steps     after all steps
+    equal tokens    when as many tokens have been sampled, forks included, as the baseline samples in all its steps
+    equal time      when as much time has been spent; on a CPU that is the process's own CPU time, on one thread
+
+Between two checkpoints values are interpolated linearly. An arm that never gets so far is shown at its end. Intervals are 95 %
+bootstrap intervals over seeds and problems, both drawn with replacement; a difference is paired: same seeds, same problems.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+import train
+from data.countdown import Countdown
+from evaluate import COLOURS, distinct, evaluate_policy
+from nanomrt import checkpoint, report
+from nanomrt.config import RunConfig, UserError, load_config, parse_overrides, run_name
+from nanomrt.metrics import ratio
+from nanomrt.run import choose_device
+from nanomrt.warmstart import cached_warm_start, warm_folder
+
+RESAMPLES = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", type=Path, help="a config file, such as config/study.py")
+    parser.add_argument("--algorithms", required=True, help="arms, separated by commas; the first is the baseline")
+    parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation: to choose between settings")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one per core, or one on a GPU)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
+    args, rest = parser.parse_known_args(argv)
+    seeds = [int(x) for x in args.seeds.split(",")] if "," in args.seeds else list(range(int(args.seeds)))
+    folder = args.results / args.config.stem
+    try:
+        shared = parse_overrides(rest)
+        jobs = [Job.of(args.config, arm, seed, shared, folder, args.split)
+                for arm in args.algorithms.split(",") for seed in seeds]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    run_all([job for job in jobs if not job.result.is_file()], args.jobs)
+    arms: dict[str, list[dict]] = {}
+    for job in jobs:
+        arms.setdefault(job.arm, []).append(json.loads(job.result.read_text()))
+    text = tables(arms)
+    print(text)
+    name = "comparison" + ("" if args.split == "test" else f"-{args.split}")
+    (folder / f"{name}.md").write_text(text + "\n")
+    curves_figure(folder / f"{name}-curves.png", arms)
+    budgets_figure(folder / f"{name}-budget.png", arms)
+    print(f"\n{folder}: {name}.md, {name}-curves.png, {name}-budget.png")
+    return 0
+
+
+# --- Running ---
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one arm."""
+
+    arm: str
+    config_path: Path
+    overrides: dict[str, str]
+    config: RunConfig
+    split: str
+    result: Path  # where its file goes
+
+    @classmethod
+    def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
+        algorithm, *keys = arm.split("+")
+        own = parse_overrides([f"--{key}" for key in keys])
+        overrides = {**shared, "algorithm": algorithm, **own, "seed": str(seed)}
+        if load_config(config_path).device != "cuda":
+            overrides["threads"] = "1"
+        config = load_config(config_path, overrides)
+        name = f"{arm}-seed={seed}" + ("" if split == "test" else f"-{split}")
+        return cls(arm, config_path, overrides, config, split, folder / f"{name}.json")
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.out_dir) / run_name(self.config_path, self.overrides)
+
+
+def run_all(jobs: list[Job], processes: int) -> None:
+    """Every job in a process of its own, `processes` at a time, the warm starts of their seeds first."""
+    from tqdm import tqdm
+
+    if not jobs:
+        return
+    processes = processes or (os.cpu_count() if choose_device(jobs[0].config) == "cpu" else 1)
+    first = {job.config.seed: job for job in jobs}  # any job of a seed knows its warm start
+    steps = sum(job.config.steps for job in jobs)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool, tqdm(total=steps, unit="step", desc="all runs") as bar:
+        waiting = {pool.submit(warm_start, job): [other for other in jobs if other.config.seed == seed]
+                   for seed, job in first.items()}
+        running = dict.fromkeys(waiting)
+        while running:
+            for future in [f for f in running if f.done()]:
+                del running[future]
+                future.result()  # raises what the job raised
+                running |= dict.fromkeys(pool.submit(run_job, job) for job in waiting.pop(future, ()))
+            bar.update(sum(steps_done(job) for job in jobs) - bar.n)
+            time.sleep(1)
+
+
+def steps_done(job: Job) -> int:
+    path = job.run / "metrics.jsonl"
+    return len(report.read_jsonl(path)) - 1 if path.is_file() else 0
+
+
+def warm_start(job: Job) -> None:
+    device = choose_device(job.config)
+    cached_warm_start(Countdown.from_config(job.config), job.config, device, False)
+
+
+def run_job(job: Job) -> None:
+    """Train, or go on training; then evaluate every checkpoint; its file appears whole, at the end."""
+    words = [str(job.config_path), *(f"--{name}={value}" for name, value in job.overrides.items())]
+    job.run.parent.mkdir(parents=True, exist_ok=True)
+    if not (job.run / "summary.json").is_file():
+        with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            code = train.main(words + ["--resume"] * (job.run / "config.json").is_file())
+        if code:
+            raise UserError(f"{job.run} was interrupted: the same command goes on with it")
+    report.write_json(job.result, evaluated(job))
+
+
+def evaluated(job: Job) -> dict:
+    """The run's file: where it comes from, and a point per checkpoint, from the warm start (step 0) to the end."""
+    config, (made, *rows) = job.config, report.read_jsonl(job.run / "metrics.jsonl")
+    task, device = Countdown.from_config(config), choose_device(config)
+    spent = {0: {"tokens": 0, "seconds": 0.0}} | {
+        row["step"]: {"tokens": row["trace_tokens"] + row["fork_tokens"],
+                      "seconds": row["seconds_cpu"] if device == "cpu" else row["seconds_total"]} for row in rows}
+    folders = {0: Path(config.init_from) if config.init_from else warm_folder(config)}
+    folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
+    problems, points = distinct(task, job.split, config.eval_problems, "eval"), []
+    for step, folder in folders.items():
+        section = evaluate_policy(checkpoint.load_model(folder, device), task, problems, config, "eval", extrapolate=False)
+        points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
+                       "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
+                       "habits": section.get("habits"), "per_problem": section["per_problem"]})
+    harder = evaluate_policy(checkpoint.load_model(folder, device), task, distinct(task, "ood", config.eval_problems, "eval"),
+                             config, "eval", extrapolate=False)
+    return {"arm": job.arm, **made, "points": points, "ood": harder["per_problem"]}
+
+
+# --- Reading: what a comparison says ---
+
+Values = dict[str, np.ndarray]  # of one arm: a name -> (seeds, problems)
+METRICS: dict[str, tuple[Callable[[Values], float], int]] = {  # name: (statistic, digits)
+    "accuracy": (lambda v: v["right"].mean(), 3),
+    "tokens per right answer": (lambda v: ratio(np.stack([v["tokens"].ravel(), v["right"].ravel()], 1)), 1),
+}
+
+
+def metrics_of(values: Values) -> dict[str, tuple[Callable[[Values], float], int]]:
+    """METRICS, and the regret to each horizon that was measured."""
+    regrets = [name for name in values if name.startswith("regret")]
+    return METRICS | {name: (lambda v, name=name: v[name].mean(), 3) for name in regrets}
+
+
+def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
+    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before."""
+    rows = []
+    for run in runs:
+        points = run["points"]
+        x = [point[axis] for point in points]
+        b = min(int(np.searchsorted(x, place)), len(x) - 1)
+        a, share = max(b - 1, 0), 1.0
+        if 0 < b and place < x[b]:
+            share = (place - x[a]) / (x[b] - x[a])
+        rows.append({name: (1 - share) * np.array(points[a]["per_problem"][name]) + share * np.array(values)
+                     for name, values in points[b]["per_problem"].items()})
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def bootstrap(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
+    """Value and 95 % interval of a statistic of one or more arms: seeds and problems are drawn with replacement, the same ones
+    for every arm. The arms must have the same seeds."""
+    rng = np.random.default_rng(0)
+    S, P = next(iter(arms[0].values())).shape
+    drawn = []
+    for _ in range(RESAMPLES):
+        seeds, problems = rng.integers(S, size=S), rng.integers(P, size=P)
+        drawn.append(statistic(*({name: x[seeds][:, problems] for name, x in arm.items()} for arm in arms)))
+    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
+    return float(statistic(*arms)), float(low), float(high)
+
+
+def tables(arms: dict[str, list[dict]]) -> str:
+    """Markdown: each arm at equal steps, tokens and time, then its differences from the first one."""
+    baseline = next(iter(arms))
+    end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in ("step", "tokens", "seconds")}
+    unit = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds"}
+    text = []
+    for axis, title in (("step", "Equal steps"), ("tokens", "Equal tokens"), ("seconds", "Equal time")):
+        start = values_at(arms[baseline], axis, 0)
+        names = metrics_of(start)
+        lines = [f"### {title}: {end[axis]:,.0f} {unit[axis]}", "",
+                 f"| method | seeds | {' | '.join(names)} | accuracy, OOD | steps | tokens | seconds |",
+                 "|---|---|" + "---|" * (len(names) + 4)]
+        lines.append(line("warm start", start, names, len(arms[baseline]), "", (0, 0, 0)))
+        for arm, runs in arms.items():
+            reached = [np.mean([spent_at(run, axis, end[axis], other) for run in runs]) for other in unit]
+            ood = {"right": np.stack([np.array(run["ood"]["right"]) for run in runs])}
+            harder = cell(METRICS["accuracy"], ood) if axis == "step" else ""
+            lines.append(line(arm, values_at(runs, axis, end[axis]), names, len(runs), harder, reached))
+        text += [*lines, ""]
+    text += [f"### Differences from {baseline}", "",
+             f"| method | at equal | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for arm, runs in list(arms.items())[1:]:
+        pairs = [(a, b) for a in arms[baseline] for b in runs if a["config"]["seed"] == b["config"]["seed"]]
+        for axis in unit:
+            mine, theirs = (values_at([pair[i] for pair in pairs], axis, end[axis]) for i in (1, 0))
+            cells = [cell((lambda a, b, f=f: f(a) - f(b), digits), mine, theirs, sign="+") for f, digits in names.values()]
+            text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def spent_at(run: dict, axis: str, place: float, other: str) -> float:
+    """How much of `other` a run has spent where `axis` is `place`."""
+    points = run["points"]
+    return float(np.interp(place, [point[axis] for point in points], [point[other] for point in points]))
+
+
+def cell(metric: tuple[Callable[..., float], int], *arms: Values, sign: str = "") -> str:
+    statistic, digits = metric
+    value, low, high = bootstrap(statistic, *arms)
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
+
+
+def line(arm: str, values: Values, names: dict, seeds: int, ood: str, spent: Sequence[float]) -> str:
+    cells = " | ".join(cell(metric, values) for metric in names.values())
+    return f"| {arm} | {seeds} | {cells} | {ood} | " + " | ".join(f"{x:,.0f}" for x in spent) + " |"
+
+
+# --- Figures ---
+
+
+def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
+    """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
+    for (arm, runs), colour in zip(arms.items(), COLOURS * (1 + len(arms) // len(COLOURS))):
+        for column, axis in enumerate(("step", "tokens", "seconds")):
+            x = np.array([[point[axis] for point in run["points"]] for run in runs])  # (seeds, checkpoints)
+            for row, (statistic, _) in enumerate(METRICS.values()):
+                y = np.array([[statistic({k: np.array(v) for k, v in point["per_problem"].items()}) for point in run["points"]]
+                              for run in runs])
+                axes[row, column].plot(x.T, y.T, color=colour, alpha=0.2, linewidth=0.8)
+                axes[row, column].plot(x.mean(0), y.mean(0), color=colour, label=arm, linewidth=1.8, marker="o", markersize=3)
+    for column, label in enumerate(("steps", "sampled tokens, forks included", "seconds")):
+        axes[1, column].set_xlabel(label)
+    for row, name in enumerate(METRICS):
+        axes[row, 0].set_ylabel(name)
+    axes[1, 0].set_yscale("log")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    for panel in axes.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
+    """J(b) of every arm at its end: the mean over seeds, and a band from the lowest seed to the highest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = {"warm start": (0, next(iter(arms.values()))), **{arm: (-1, runs) for arm, runs in arms.items()}}
+    for (label, (at, runs)), colour in zip(lines.items(), ("0.5", *COLOURS * (1 + len(arms) // len(COLOURS)))):
+        curves = np.array([run["points"][at]["curve"] for run in runs])  # (seeds, budgets, 2)
+        budget, J = curves[0, :, 0], curves[:, :, 1]
+        axes.plot(budget, J.mean(0), color=colour, label=label, linewidth=1.8, marker="o", markersize=3)
+        axes.fill_between(budget, J.min(0), J.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.axvline(runs[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
+    axes.set(xlabel="thinking budget b, tokens (dotted: the training budget)", ylabel="accuracy of an answer forced at b, J(b)",
+             ylim=(0, None), xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
