@@ -240,8 +240,7 @@ class Countdown:
         """A response by random search, flaws included, and the weight of each token in the warm start's loss.
 
         The answer is always the last attempt's: whoever has found a solution only checks it again.
-        Proposals are random, so their tokens are mostly noise to learn and weigh half; a `yes` is rare and decides what
-        happens next, so it weighs double.
+        Proposals are random, so their tokens are mostly noise to learn and weigh half.
         """
         by_value = self.chains(problem)
         proposals = [chain for value in sorted(by_value) for chain in by_value[value]]
@@ -257,7 +256,7 @@ class Countdown:
                 last = rng.choice(by_value[problem.target]) if rng.random() < self.hint else next(untried)
             found = last.results[-1] == problem.target
             words += [*last.attempt(kept), "yes" if found else "no"]
-            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1 - kept) + [2.0 if found else 1.0]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1 - kept) + [1.0]
         answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         ids = self.tokenizer.encode(" ".join(words + ending))

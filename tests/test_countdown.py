@@ -411,7 +411,7 @@ def test_traces_are_a_function_of_their_generator(task):
 
 
 def test_weights_belong_to_their_tokens(task):
-    """Proposals weigh 0.5, results and checks 1, a `yes` 2, tags and the answer 1."""
+    """Proposals weigh 0.5, results, checks, tags and the answer 1."""
     tokenizer = task.tokenizer
     for _, ids, weights in traces(task, 40):
         close = ids.index(task.close_thinking)
@@ -419,7 +419,7 @@ def test_weights_belong_to_their_tokens(task):
         for start in range(0, close, task.attempt_tokens):
             words = tokenizer.decode(ids[start : start + task.attempt_tokens]).split()
             assert words[0] == "<try>" and words[-1] in ("yes", "no")
-            expected = [1.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 2.0 if words[-1] == "yes" else 1.0]
+            expected = [1.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 1.0]
             assert weights[start : start + task.attempt_tokens] == expected
 
 

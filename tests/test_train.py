@@ -23,7 +23,7 @@ from nanomrt.warmstart import cached_warm_start
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1"]
-CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update", "tokens_per_second")  # what time changes in a metrics row
+CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update", "seconds_cpu", "seconds_total", "tokens_per_second")  # by time
 
 
 @pytest.fixture(scope="module")
