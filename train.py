@@ -23,7 +23,7 @@ from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed
-from nanomrt.mrt import Batch, clipped_loss, kl_penalty, likelihood_loss, token_weights
+from nanomrt.mrt import Batch, clipped_loss, in_mixed_group, kl_penalty, likelihood_loss, token_weights
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start
@@ -53,6 +53,10 @@ def main(argv: list[str]) -> int:
         # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
         batch, ref_logprob = with_reference(gathered.batch, reference, config)
         advantage = method.credit(batch, gathered.episodes, config)  # (N,)
+        if config.importance_cap:  # the sampler rounds in its own way: truncated importance sampling
+            trainer = rescore(model, batch, config)
+            advantage = advantage * (trainer - batch.logprob).exp().clamp(max=config.importance_cap)
+            batch = replace(batch, logprob=trainer)
         # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
             learned = update(model, optimizer, batch, advantage, ref_logprob, run)
@@ -91,15 +95,21 @@ def score(model: Llama, batch: Batch, temperature: float) -> tuple[Tensor, Tenso
     return *kernels.token_logprobs(hidden[action - 1], model.head, batch.tokens[action], temperature), action
 
 
+@torch.no_grad()
+def rescore(model: Llama, batch: Batch, config: RunConfig) -> Tensor:
+    """Log-probs (N,) of a whole batch under `model`, 0 where no action."""
+    rescored = torch.zeros_like(batch.logprob)
+    for rows in micro_batches(batch.lengths, config.micro_batch_tokens):
+        logprob, _, action = score(model, batch.take(rows), config.temperature)
+        rescored[batch.flat(rows)[action]] = logprob
+    return rescored
+
+
 def with_reference(batch: Batch, reference: Llama | None, config: RunConfig) -> tuple[Batch, Tensor | None]:
     """The reference policy's log-probs (N,), and the batch with the k1 penalty in its rewards if that is the estimator."""
     if reference is None:
         return batch, None
-    ref_logprob = torch.zeros_like(batch.logprob)
-    with torch.no_grad():
-        for rows in micro_batches(batch.lengths, config.micro_batch_tokens):
-            logprob, _, action = score(reference, batch.take(rows), config.temperature)
-            ref_logprob[batch.flat(rows)[action]] = logprob
+    ref_logprob = rescore(reference, batch, config)
     if config.kl_estimator == "k1_reward":
         k1 = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.logprob - ref_logprob)  # (B,)
         batch = replace(batch, reward=batch.reward - config.kl_coef * k1)
@@ -110,8 +120,10 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
            run: Run) -> dict[str, float]:
     """One pass over the batch in `minibatches` optimiser steps; returns what the loss's own tensors say about it."""
     config, seen = run.config, defaultdict(float)
-    order = torch.randperm(len(batch.lengths), generator=generator_for(config.seed, "update", run.step))
-    for index, rows in enumerate(order.to(batch.lengths.device).chunk(config.minibatches)):
+    order = torch.randperm(len(batch.lengths), generator=generator_for(config.seed, "update", run.step)).to(batch.lengths.device)
+    if config.equal_groups == "skip" and in_mixed_group(batch).any():
+        order = order[in_mixed_group(batch)[order]]
+    for index, rows in enumerate(order.chunk(config.minibatches)):
         minibatch, place = batch.take(rows), batch.flat(rows)
         weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)
         optimizer.zero_grad(set_to_none=True)

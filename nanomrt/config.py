@@ -21,6 +21,7 @@ CHOICES = {
     "loss_norm": ("token", "sequence", "constant"),
     "kl_estimator": ("k2", "k3", "k1_reward"),
     "truncated": ("zero", "mask"),
+    "equal_groups": ("keep", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
 
@@ -102,8 +103,10 @@ class RunConfig:
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
     progress_norm: str = key("mean_std", "progress over the batch: none, mean or mean_std")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
+    equal_groups: str = key("keep", "groups without a difference in reward: keep, or skip (left out of the loss, as in DAPO)")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
     clip_high: float = key(0.28, "upper clip of the probability ratio, 1 + clip_high")
+    importance_cap: float = key(0.0, "weigh each token by min(pi_trainer / pi_sampler, cap) before the update; 0: off")
     kl_coef: float = key(0.0, "weight of the KL to the starting policy; 0 loads no reference")
     kl_estimator: str = key("k2", "k2 or k3 (in the loss) or k1_reward (in the reward)")
 
@@ -151,6 +154,7 @@ class RunConfig:
                  self.eval_samples, self.warm_batch, self.warm_steps, self.thinking_budget, self.micro_batch_tokens) >= 1,
              "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "
              "micro_batch_tokens, eval_problems and eval_samples must be at least 1"),
+            (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
             (self.learning_rate > 0, "learning_rate must be positive"),
             (0 <= self.learning_rate_end <= 1, "learning_rate_end must lie in 0..1: it is a share of learning_rate"),
             (self.forks == 1 or self.fork_temperature > 0,

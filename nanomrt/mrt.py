@@ -220,10 +220,18 @@ def plain_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
 # --- Loss ---
 
 
+def in_mixed_group(batch: Batch) -> Tensor:
+    """(B,) bool: whether the rewards of a rollout's group differ. Where they don't the outcome says nothing: DAPO skips it."""
+    ids, group = batch.prompt_id.unique(return_inverse=True)
+    extreme = lambda which: batch.reward.new_zeros(len(ids)).scatter_reduce(0, group, batch.reward, which, include_self=False)
+    return (extreme("amax") > extreme("amin"))[group]
+
+
 def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:
     """w of (4), over the whole batch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
 
-    token: every token counts the same; sequence: every rollout counts the same; constant: per rollout and `budget`.
+    token: every token counts the same (DAPO); sequence: every rollout counts the same (GRPO); constant: per rollout and `budget`
+    (Dr. GRPO). Rollouts that were cut off are left out by truncated = mask (DAPO's overlong filtering).
     """
     counted = batch.is_action & (batch.finished[batch.row] | (truncated == "zero"))  # (N,)
     counted = counted.float()
