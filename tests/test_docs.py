@@ -48,7 +48,7 @@ def test_named_files_exist(path):
     assert (ROOT / path).exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py", "compare.py"])
 def test_every_command_explains_itself(script):
     result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout.lower()

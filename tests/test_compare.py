@@ -1,0 +1,105 @@
+"""compare.py: arms and jobs, values between checkpoints, intervals, tables, and one whole comparison of tiny runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+from nanomrt.config import UserError
+
+FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
+        "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
+        "--num_hidden_layers=1"]
+
+
+def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[float]]) -> dict:
+    """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
+    return {"arm": arm, "config": {"seed": seed, "thinking_budget": 10}, "ood": {"right": points[-1][3]}, "points": [
+        {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]],
+         "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
+        for step, tokens, seconds, right, spent in points]}
+
+
+GRPO = [run("grpo", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 100, 4.0, [1.0, 0.0], [20.0, 40.0])) for seed in (0, 1)]
+MRT = [run("mrt", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 200, 2.0, [1.0, 1.0], [20.0, 20.0])) for seed in (0, 1)]
+
+
+def test_an_arm_is_an_algorithm_with_keys_of_its_own():
+    job = compare.Job.of(Path("config/tiny.py"), "mrt_online+alpha=2+gamma=0.5", 3, {"steps": "7"}, Path("r"), "validation")
+    config = job.config
+    assert (config.algorithm, config.alpha, config.gamma, config.seed, config.steps) == ("mrt_online", 2.0, 0.5, 3, 7)
+    assert job.result == Path("r/mrt_online+alpha=2+gamma=0.5-seed=3-validation.json") and job.run.parent == Path("out")
+
+
+@pytest.mark.parametrize("arm, message", [("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"),
+                                          ("grpo+alpha", "--alpha needs a value")])
+def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        compare.main(["config/tiny.py", "--algorithms", arm, "--results", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_between_checkpoints_are_interpolated():
+    """Half way in tokens, half way in everything; beyond the end, the end; at 0, the warm start."""
+    half = compare.values_at(MRT, "tokens", 100)
+    assert half["right"].tolist() == [[0.5, 0.5]] * 2 and half["tokens"].tolist() == [[15.0, 15.0]] * 2
+    assert compare.values_at(MRT, "tokens", 1e9)["right"].tolist() == [[1.0, 1.0]] * 2
+    assert compare.values_at(MRT, "step", 0)["right"].tolist() == [[0.0, 0.0]] * 2
+    assert compare.values_at(MRT, "step", 10)["right"].tolist() == [[1.0, 1.0]] * 2
+    assert compare.spent_at(MRT[0], "seconds", 1.0, "tokens") == 100
+
+
+def test_tokens_per_right_answer_is_a_ratio_of_totals():
+    """Not a mean of ratios: a problem that is never solved would make that infinite."""
+    statistic, _ = compare.METRICS["tokens per right answer"]
+    assert statistic(compare.values_at(GRPO, "step", 10)) == 60.0
+    assert statistic(compare.values_at(GRPO, "step", 0)) == float("inf")
+
+
+def test_the_interval_is_that_of_the_mean_of_seeds_and_problems():
+    """Of independent seeds and problems with effects of std a and b, the mean's std is sqrt(a²/S + b²/P)."""
+    rng = np.random.default_rng(1)
+    S, P, a, b = 40, 400, 0.05, 0.4
+    x = {"right": rng.normal(0, a, (S, 1)) + rng.normal(0, b, (1, P))}
+    value, low, high = compare.bootstrap(lambda v: v["right"].mean(), x)
+    assert value == x["right"].mean()
+    assert high - low == pytest.approx(2 * 1.96 * (a**2 / S + b**2 / P) ** 0.5, rel=0.15)
+
+
+def test_a_paired_difference_does_not_see_what_both_arms_share():
+    """The same seeds and problems are drawn for both: an arm that is better by .1 everywhere is better by .1 in every draw."""
+    x = {"right": np.random.default_rng(0).random((3, 50))}
+    better = {"right": x["right"] + 0.1}
+    difference = compare.bootstrap(lambda v, w: v["right"].mean() - w["right"].mean(), better, x)
+    assert difference == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_the_tables_say_what_the_runs_say():
+    """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
+    text = compare.tables({"grpo": GRPO, "mrt": MRT})
+    steps, tokens, seconds, differences = text.split("###")[1:]
+    rows = lambda part, arm: [row.split(" | ") for row in part.splitlines() if row.startswith(f"| {arm} |")]
+    assert rows(steps, "mrt")[0][2].startswith("1.000") and rows(tokens, "mrt")[0][2].startswith("0.500")
+    assert rows(seconds, "mrt")[0][2].startswith("1.000") and "100 sampled tokens" in tokens and "4 seconds" in seconds
+    assert [row[2].split()[0] for row in rows(differences, "mrt")] == ["+0.500", "+0.000", "+0.500"]
+    assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
+
+
+def test_a_whole_comparison(tmp_path, monkeypatch):
+    """Trains two arms from one warm start, writes a file for each and a table; a second call trains nothing and says the same."""
+    monkeypatch.chdir(Path(compare.__file__).parent)
+    command = ["config/tiny.py", "--algorithms", "grpo,anytime", "--seeds", "1", "--results", str(tmp_path / "results"),
+               "--jobs", "2", f"--out_dir={tmp_path / 'out'}", *FAST]
+    assert compare.main(command) == 0
+    folder = tmp_path / "results/tiny"
+    assert len(list((tmp_path / "out").glob("warm-*"))) == 1
+    saved = json.loads((folder / "anytime-seed=0.json").read_text())
+    assert [point["step"] for point in saved["points"]] == [0, 1, 2] and len(saved["points"][0]["per_problem"]["right"]) == 4
+    tokens = [point["tokens"] for point in saved["points"]]
+    assert tokens[0] == 0 < tokens[1] < tokens[2] and saved["commit"] and saved["config"]["seed"] == 0
+    before = (folder / "comparison.md").read_text()
+    monkeypatch.setattr(compare, "run_job", None)
+    assert compare.main(command) == 0 and (folder / "comparison.md").read_text() == before
+    assert (folder / "comparison-curves.png").is_file() and (folder / "comparison-budget.png").is_file()
