@@ -159,12 +159,12 @@ def evaluated(job: Job) -> dict:
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
     problems, points = distinct(task, job.split, config.eval_problems, "eval"), []
     for step, folder in folders.items():
-        section = evaluate_policy(checkpoint.load_model(folder, device), task, problems, config, "eval", extrapolate=False)
+        section = evaluate_policy(checkpoint.load_model(folder, device), task, problems, config, "eval", brief=True)
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
-                       "habits": section.get("habits"), "per_problem": section["per_problem"]})
+                       "habits": section["habits"], "per_problem": section["per_problem"]})
     harder = evaluate_policy(checkpoint.load_model(folder, device), task, distinct(task, "ood", config.eval_problems, "eval"),
-                             config, "eval", extrapolate=False)
+                             config, "eval", brief=True)
     return {"arm": job.arm, **made, "points": points, "ood": harder["per_problem"]}
 
 

@@ -7,7 +7,8 @@ Three questions, each answered with a 95 % interval over problems:
 - As trained: accuracy, tokens per right answer, pass@k and maj@k of rollouts under the training budget. A rollout that has
   not answered by then scores 0, as in training.
 - Stopped: J(b), the accuracy of a greedy answer forced after b thinking tokens, for a grid of b that reaches past the
-  training budget, and the regret (metrics.py) of this curve.
+  training budget, and the regret (metrics.py) of this curve: to an oracle, to a majority of answers, and to the best J of all
+  runs on the command line.
 - Forced to go on (extrapolation): the same curve when every `</think>` is replaced by a new attempt. Does the policy make
   use of budgets that it was never trained with?
 
@@ -28,13 +29,14 @@ import torch
 from data.countdown import Countdown
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError, read_config
-from nanomrt.metrics import bootstrap, maj_at_k, normalised_regret, pass_at_k, ratio
+from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
 from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
 from nanomrt.run import choose_device, generator_for
 
 ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
 ROWS = 512  # rollouts sampled at a time: bounds the memory, does not change what is estimated
+VOTES = 4  # p of [maj@p]_j
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (run / "config.json").is_file():
             raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
     names = [run.name for run in args.runs]
-    summaries = {}
+    summaries, folders = {}, {}
     for run, name in zip(args.runs, names):
         try:
             config = read_config(run / "config.json")
@@ -61,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = checkpoint.load_model(folder, choose_device(config))
         sections = evaluate_splits(model, Countdown.from_config(config), config, ["test", "ood"], tqdm)
         label = name if names.count(name) == 1 else str(run)
-        summaries[label] = update_summary(run / "summary.json", sections)
+        summaries[label], folders[label] = update_summary(run / "summary.json", sections), run
+    for split in ("test", "ood"):  # the best of all is known only now
+        for label, section in against_best({label: summary[split] for label, summary in summaries.items()}).items():
+            summaries[label] = update_summary(folders[label] / "summary.json", {split: section})
     print(summary_table(summaries))
     figure = args.figure or args.runs[0] / "figures" / "budget.png"
     budget_figure(figure, {label: summary["test"] for label, summary in summaries.items()})
@@ -92,9 +97,11 @@ def distinct(task, split: str, count: int, seed: int | str) -> list:
 
 
 def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, seed: int | str,
-                    progress: Callable[[Iterable], Iterable] | None = None, extrapolate: bool = True) -> dict:
-    """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve is a plain mean;
-    `per_problem` holds means over a problem's samples, for whoever compares runs.
+                    progress: Callable[[Iterable], Iterable] | None = None, brief: bool = False) -> dict:
+    """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve and `habits` are plain
+    means; `per_problem` holds means over a problem's samples, for whoever compares runs.
+
+    `brief` leaves out the two measurements that cost most: majorities of forced answers, and extrapolation.
 
     `progress` wraps the chunks of problems, as tqdm does. Tokens per right answer is inf if no answer is right.
     """
@@ -103,14 +110,14 @@ def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, s
     P, G, chunk = len(problems), config.eval_samples, max(1, ROWS // config.eval_samples)
     grid, starts = budget_grid(task, config), range(0, P, chunk)
     parts = [sample_chunk(model, task, problems[start : start + chunk], config, grid, generator_for(seed, "evaluate", start),
-                          extrapolate)
+                          brief)
              for start in (progress(starts) if progress else starts)]
     of = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     of = {name: column.reshape(P, G, *column.shape[1:]) for name, column in of.items()}  # (P,G) or (P,G,b)
     right, J = of["right"], of["J"]
     votes = [[text or None for text in row] for row in of["vote"].tolist()]
     horizons = sorted({h for h in (config.thinking_budget // 2, config.thinking_budget, config.eval_budget) if h > 0})
-    return {
+    section = {
         "problems": P, "samples": G, "thinking_budget": config.thinking_budget,
         "accuracy": bootstrap(right.mean(1)),
         "tokens_per_correct": bootstrap(np.stack([of["tokens"].sum(1), right.sum(1)], axis=1), ratio),
@@ -120,11 +127,30 @@ def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, s
         "maj_at_k": {str(G): bootstrap([maj_at_k(votes[p], right[p]) for p in range(P)])},
         "budget_curve": curve(grid, J, of["spent"]),
         "regret": {str(h): bootstrap(normalised_regret(grid, J.mean(1), h)) for h in horizons},
-        **({"extrapolation": curve(grid, of["J_on"], of["spent_on"])} if extrapolate else {}),
         "per_problem": {name: [round(float(x), 4) for x in values] for name, values in {
             "right": right.mean(1), "tokens": of["tokens"].mean(1),
             **{f"regret to {h}": normalised_regret(grid, J.mean(1), h) for h in horizons}}.items()},
+        "habits": task.habits([problem for problem in problems for _ in range(G)], of["response"].flatten().tolist(),
+                              config.thinking_budget),
     }
+    if not brief:
+        more = (VOTES - 1) * (len(task.forced_stop) + task.answer_tokens)  # what a majority costs more than one answer
+        section |= {
+            "maj_curve": curve(grid, of["maj"], of["spent"] + more),
+            "regret_to_maj": {str(h): bootstrap(regret_to_maj(grid, J.mean(1), of["maj"].mean(1), more, h)) for h in horizons},
+            "extrapolation": curve(grid, of["J_on"], of["spent_on"]),
+        }
+    return against_best({"": section})[""]
+
+
+def against_best(sections: dict[str, dict]) -> dict[str, dict]:
+    """The same sections with `regret_to_best`: the best J of them all is the comparator. The intervals are those of the policies,
+    with the comparator taken as it was measured."""
+    curves = [([row["budget"] for row in section["budget_curve"]], [row["J"]["value"] for row in section["budget_curve"]])
+              for section in sections.values()]
+    ahead = lambda regret, h: {name: x - (1 - empirical_best(curves, int(h))) for name, x in regret.items()}
+    return {label: section | {"regret_to_best": {h: ahead(regret, h) for h, regret in section["regret"].items()}}
+            for label, section in sections.items()}
 
 
 def budget_grid(task, config: RunConfig) -> list[int]:
@@ -140,7 +166,7 @@ def curve(grid: Sequence[int], J: np.ndarray, spent: np.ndarray) -> list[dict]:
 
 
 def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid: Sequence[int],
-                 generator: torch.Generator, extrapolate: bool) -> dict[str, np.ndarray]:
+                 generator: torch.Generator, brief: bool) -> dict[str, np.ndarray]:
     """What is measured of G rollouts of each problem: columns with a row per rollout, (B,), or (B,b) along the grid."""
     training = training_sampling(task, config)
     cap, answer = training.max_new_tokens, len(task.forced_stop) + task.answer_tokens
@@ -153,25 +179,28 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
     responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
     length = np.array([len(response) for response in responses])  # (B,)
     thinking = np.array([thinking_tokens(task, response) for response in responses])  # (B,)
-    J, spent = stopped_at(model, task, rollouts, grid, generator)  # (B,b)
+    J, spent = stopped_at(model, task, rollouts, grid, 1, 0.0, generator)  # (B,b)
     columns = {}
-    if extrapolate:
+    if not brief:
+        columns["maj"], _ = stopped_at(model, task, rollouts, grid, VOTES, config.temperature, generator)  # (B,b)
         extended = roll_out(model, task, problems, config.eval_samples, on, same)
-        J_on, spent_on = stopped_at(model, task, extended, grid, same)  # (B,b)
-        columns = {"J_on": J_on, "spent_on": spent_on + answer}
+        columns["J_on"], spent_on = stopped_at(model, task, extended, grid, 1, 0.0, same)  # (B,b)
+        columns["spent_on"] = spent_on + answer
     return {
         "right": np.array(rollouts.reward) * (length <= cap),
         "tokens": length.clip(max=cap),
         "thinking": thinking.clip(max=cap),
         "vote": np.array([answer_text(task, response[:cap]) for response in responses]),
+        "response": np.fromiter((response[:cap] for response in responses), dtype=object),
         "J": J, "spent": spent + answer,  # an answer counts at its full allowance, which a well-formed one uses up
         **columns,
     }
 
 
-def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int],
+def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], votes: int, temperature: float,
                generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """J, the verdict on a greedy answer forced after b thinking tokens or at their end, and the tokens until then: (B,b).
+    """The verdict on the majority of `votes` answers forced after b thinking tokens or at their end, and the tokens until then:
+    (B,b). A majority of one greedy answer is J.
 
     Past the end of the thinking the answer no longer changes, so each (rollout, position) is asked once.
     """
@@ -182,8 +211,10 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int],
     asked, back = np.unique(place, return_inverse=True)
     row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
     position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
-    J = force_answers(model, task, rollouts, row, position, 1, 0.0, generator).J
-    return J.cpu().numpy()[back.reshape(spent.shape)], spent
+    forked = force_answers(model, task, rollouts, row, position, votes, temperature, generator)
+    won = np.array([maj_at_k([answer_text(task, answer) or None for answer, _ in branches],
+                             [verdict for _, verdict in branches]) for branches in forked.branches])
+    return won[back.reshape(spent.shape)], spent
 
 
 def thinking_tokens(task, response: Sequence[int]) -> int:

@@ -19,7 +19,8 @@ import ast
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -145,6 +146,7 @@ class Countdown:
 
     problems, prompt, parse, show      what is asked, as objects, tokens, from a user and for the eye
     warm_trace, audit                  what the warm start learns, and what it must be able to do
+    habits                             how a policy searches: what a table of accuracies doesn't explain
     episode_ends, forced_stop          where an episode ends; the tokens that end the thinking and ask for the answer
     grade                              the verdict on a response
     tokenizer, stop, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
@@ -308,12 +310,8 @@ class Countdown:
         count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "hits", "solved", "answered"), 0)
         for problem, response, reward in zip(problems, responses, rewards):
             solved = False
-            for attempt in self.tokenizer.decode(response).split("</think>")[0].split("<")[1:]:
-                words = re.fullmatch(r"(?:try|back)> (\d+)((?: [-+*/] \d+ \d+)+) (yes|no)\s*", attempt)
-                if not words:
-                    continue  # malformed or cut off
-                value, steps, check = int(words[1]), words[2].split(), words[3]
-                for op, number, result in zip(steps[::3], map(int, steps[1::3]), map(int, steps[2::3])):
+            for _, value, steps, check in self.attempts(response):
+                for op, number, result in steps:
                     count["results"] += 1
                     count["right"] += _apply(op, Fraction(value), number) == result
                     value = result
@@ -327,3 +325,63 @@ class Countdown:
         share = lambda part, whole: count[part] / max(count[whole], 1)
         return {"result": share("right", "results"), "check_precision": share("true_yes", "yes"),
                 "check_recall": share("true_yes", "hits"), "answer": share("answered", "solved")}
+
+    # --- Habits ---
+
+    def attempts(self, response: Sequence[int]) -> Iterator[tuple[str, int, list[tuple[str, int, int]], str]]:
+        """(try or back, first number, [(operator, number, result)], yes or no) of every attempt, as it is written.
+
+        What is malformed or cut off is no attempt.
+        """
+        for attempt in self.tokenizer.decode(response).split("</think>")[0].split("<")[1:]:
+            words = re.fullmatch(r"(try|back)> (\d+)((?: [-+*/] \d+ \d+)+) (yes|no)\s*", attempt)
+            if words:
+                steps = words[3].split()
+                yield words[1], int(words[2]), list(zip(steps[::3], map(int, steps[1::3]), map(int, steps[2::3]))), words[4]
+
+    def proposals(self, response: Sequence[int]) -> list[Chain]:
+        """The whole chain that each attempt stands for: a `<back>` stands for the last attempt up to the running result that it
+        goes back to, and then for what it writes. One that goes back to nothing of the kind stands for no chain."""
+        found: list[Chain] = []
+        for kind, first, steps, _ in self.attempts(response):
+            ops, numbers, results = zip(*steps)
+            if kind == "try":
+                found.append(Chain((first, *numbers), ops, results))
+                continue
+            kept = self.used - 1 - len(steps)  # the operations that it need not write again
+            if kept > 0 and found and found[-1].results[kept - 1 : kept] == (first,):
+                last = found[-1]
+                found.append(Chain(last.numbers[: kept + 1] + numbers, last.ops[:kept] + ops, last.results[:kept] + results))
+        return found
+
+    def habits(self, problems: Sequence[Problem], responses: Sequence[Sequence[int]], thinking_budget: int) -> dict[str, float]:
+        """How a policy searches. A hit is an attempt that would be a right answer, whatever its results and its check say; a
+        trace is solved by its first one. A share or mean of nothing is 0.
+
+        attempts: per trace;  hit_rate: hits among the attempts before which the trace was unsolved;
+        loops, repeats: of the attempts that follow a failure in an unsolved trace, those that propose what the one just before,
+        or any one before, proposed already;  rechecks: attempts after the first hit, per solved trace;
+        gave_up: unsolved traces that ended their thinking with room for another attempt, among all unsolved ones.
+        """
+        count: Counter[str] = Counter()
+        for problem, response in zip(problems, responses):
+            before, solved = [], False  # what was proposed so far
+            for chain in self.proposals(response):
+                if solved:
+                    count["rechecks"] += 1
+                    continue
+                proposal = chain.numbers, chain.ops
+                count["open"] += 1
+                count["after_failure"] += bool(before)
+                count["loops"] += before[-1:] == [proposal]
+                count["repeats"] += proposal in before
+                solved = self.grade(problem, f"</think> <answer> {' '.join(chain.expression)} </answer>") == 1
+                before.append(proposal)
+            thinking = next((i for i, token in enumerate(response) if token in (self.close_thinking, self.stop)), thinking_budget)
+            count["solved" if solved else "unsolved"] += 1
+            count["gave_up"] += not solved and thinking + self.attempt_tokens <= thinking_budget
+        share = lambda part, whole: part / max(whole, 1)
+        return {"attempts": share(count["open"] + count["rechecks"], count["solved"] + count["unsolved"]),
+                "hit_rate": share(count["solved"], count["open"]), "loops": share(count["loops"], count["after_failure"]),
+                "repeats": share(count["repeats"], count["after_failure"]), "rechecks": share(count["rechecks"], count["solved"]),
+                "gave_up": share(count["gave_up"], count["unsolved"])}

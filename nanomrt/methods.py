@@ -161,8 +161,9 @@ def best_prefixes(model, task, problems, config, generator) -> Gathered:
             best[r] = i
     tokens = list(rollouts.tokens)
     for r, i in best.items():
-        if forced.right[i] is not None:
-            tokens[r] = rollouts.tokens[r][: position[i]] + forced.right[i]
+        right = [answer for answer, verdict in forced.branches[i] if verdict == 1]
+        if right:
+            tokens[r] = rollouts.tokens[r][: position[i]] + right[0]
     kept = written(task, rollouts.problems, rollouts.prompt_id, tokens)
     return Gathered(kept, kept.batch(), None, gathered.trace_tokens, forced.generated, time.perf_counter() - began)
 

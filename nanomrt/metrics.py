@@ -1,10 +1,16 @@
 """What an evaluation reports, as pure functions of counts and curves.
 
     pass@k = 1 - C(n-c, k) / C(n, k)                c of n samples are right                                (1)
-    regret = 1 - (1/H) · integral_0^H J(b) db       J(b): accuracy when thinking is stopped at b tokens     (2)
+    regret = 1/H · integral_0^H (c(b) - J(b)) db    J(b): accuracy when thinking is stopped at b tokens     (2)
 
-Regret is 0 for an oracle that is right without thinking and 1 - p for a constant curve p: it rewards a policy for being
-right *early*, not only at the end of its budget.
+Regret rewards a policy for being right *early*, not only at the end of its budget. It depends on the comparator c:
+
+    oracle          c = 1, right without thinking. A constant curve p has regret 1 - p.
+    [maj@p]_j       stop after b tokens and take the majority of p answers. That costs p - 1 answers more than J(b), so its curve
+                    stands (p - 1) · a tokens to the right, a to an answer; up to there, a line from J(0). Negative regret: to
+                    think on was worth more than to vote.                                                  (3)
+    empirical best  c = the largest J at any budget up to H, of all the runs compared: what is known to be within reach. (4)
+
 Every reported number gets a 95 % percentile bootstrap over problems. Samples of one problem are not independent, so they
 are resampled together: the rows of `bootstrap` are problems.
 Left out: maj@k for k below the number of samples (a mean over subsets), and intervals that correct the bootstrap's bias.
@@ -43,7 +49,8 @@ def maj_at_k(answers: Sequence[Hashable | None], right: Sequence[float]) -> floa
 
 
 def normalised_regret(budgets: Sequence[float], J: Sequence | np.ndarray, horizon: float) -> np.ndarray:
-    """(2) by the trapezoid rule, with J interpolated linearly at the horizon.
+    """(2) against the oracle, by the trapezoid rule, with J interpolated linearly at the horizon. Against another comparator it
+    is the difference between J's regret and the comparator's.
 
     budgets: increasing from 0, tokens; J: (…, len(budgets)) in 0..1. Returns (…), in 0..1.
 
@@ -58,6 +65,27 @@ def normalised_regret(budgets: Sequence[float], J: Sequence | np.ndarray, horizo
     J_horizon = J[..., i - 1] + share * (J[..., i] - J[..., i - 1])  # (…)
     b, J = np.append(b[:i], horizon), np.concatenate([J[..., :i], J_horizon[..., None]], axis=-1)  # (i+1,), (…,i+1)
     return 1 - ((J[..., 1:] + J[..., :-1]) / 2 * np.diff(b)).sum(-1) / horizon  # (2)
+
+
+def regret_to_maj(budgets: Sequence[float], J: np.ndarray, maj: np.ndarray, extra: float, horizon: float) -> np.ndarray:
+    """(3): maj (…, len(budgets)) is the majority's accuracy after as much thinking as J's, `extra` the tokens of the p - 1 more
+    answers. Returns (…), in -1..1.
+
+    >>> float(regret_to_maj([0, 10, 20], np.array([0.0, 0.0, 1.0]), np.array([1.0, 1.0, 1.0]), 10, 20))
+    0.5
+    """
+    stands = [0, *(b + extra for b in budgets)]
+    comparator = np.concatenate([J[..., :1], maj], axis=-1)  # (…,len(budgets)+1)
+    return normalised_regret(budgets, J, horizon) - normalised_regret(stands, comparator, horizon)  # (3)
+
+
+def empirical_best(curves: Sequence[tuple[Sequence[float], Sequence[float]]], horizon: float) -> float:
+    """The comparator of (4): the largest J of some (budgets, J), up to the horizon.
+
+    >>> empirical_best([([0, 10, 20], [0.1, 0.4, 0.3]), ([0, 20], [0.0, 1.0])], 10)
+    0.5
+    """
+    return max(max([float(np.interp(horizon, b, J)), *(value for at, value in zip(b, J) if at <= horizon)]) for b, J in curves)
 
 
 def ratio(columns: np.ndarray) -> float:

@@ -96,7 +96,7 @@ class Forked:
     """What short branches of traces say about n places in them."""
 
     J: Tensor  # (n,) fp32, mean verdict on the branches of each place
-    right: list[list[int] | None]  # (n,) a branch that ended right, forced tokens included
+    branches: list[list[tuple[list[int], float]]]  # (n,forks) each branch, forced tokens included, and its verdict
     generated: int  # tokens, for the ledger
 
 
@@ -128,13 +128,11 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
                      [forced] * len(rows), sampling, generator)
     answers = samples.rows()
     verdicts = grade(task, [rollouts.problems[r] for r in rows], answers)
-    J, right = {}, {}
-    for i, context in enumerate(asked):
-        own = range(i * forks, (i + 1) * forks)
-        J[context] = sum(verdicts[k] for k in own) / forks
-        right[context] = next((answers[k] for k in own if verdicts[k] == 1), None)
-    return Forked(torch.tensor([J[context] for context in contexts], device=model.head.device),
-                  [right[context] for context in contexts], samples.generated)
+    graded = list(zip(answers, verdicts))
+    own = {context: graded[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
+    branches = [own[context] for context in contexts]
+    J = [sum(verdict for _, verdict in some) / forks for some in branches]
+    return Forked(torch.tensor(J, device=model.head.device), branches, samples.generated)
 
 
 def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:

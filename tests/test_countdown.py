@@ -530,3 +530,97 @@ def test_audit_counts_by_hand(task):
     audit = task.audit([PROBLEM, PROBLEM], ids, [1.0, 0.0])
     assert audit == {"result": 4 / 6, "check_precision": 1 / 2, "check_recall": 1 / 2, "answer": 1 / 2}
     assert set(task.audit([], [], []).values()) == {0.0}
+
+
+# --- Habits ---
+
+
+def habits(task: Countdown, *responses: str, budget: int = 108) -> dict[str, float]:
+    """Of responses to PROBLEM, which is 3 7 4 target 25."""
+    return task.habits([PROBLEM] * len(responses), [task.tokenizer.encode(response) for response in responses], budget)
+
+
+MISS, OTHER, HIT = "<try> 7 + 4 11 * 3 33 no", "<try> 3 + 4 7 * 7 49 no", "<try> 3 * 7 21 + 4 25 yes"
+ANSWER = "</think> <answer> ( 3 * 7 ) + 4 </answer>"
+
+
+def test_habits_by_hand(task):
+    """Five attempts without a hit, of which the 2nd loops and the 4th repeats too; a hit; two rechecks."""
+    found = habits(task, f"{MISS} {MISS} {OTHER} {MISS} {HIT} {HIT} {HIT} {ANSWER}", f"{OTHER} {ANSWER}")
+    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "gave_up": 1.0}
+
+
+def test_a_hit_is_what_would_be_right_whatever_is_written(task):
+    """Results and checks that are wrong neither make nor hide a hit, and do not make two attempts of one proposal differ."""
+    assert habits(task, "<try> 3 * 7 21 + 4 26 no")["hit_rate"] == 1
+    assert habits(task, "<try> 3 + 7 11 + 4 25 yes")["hit_rate"] == 0
+    assert habits(task, "<try> 5 * 5 25 + 4 25 yes", "<try> 5 * 5 25 yes")["hit_rate"] == 0  # numbers that are not given
+    assert habits(task, f"{MISS} {MISS.replace('33 no', '32 yes')}")["loops"] == 1
+    assert habits(task, f"{HIT} {MISS} {MISS}") == habits(task, f"{HIT} {HIT} {OTHER}")  # rechecks, whatever they propose
+
+
+def test_what_is_malformed_or_cut_off_is_no_attempt(task):
+    """It is passed over; an attempt that is short of a number is one, but no hit."""
+    assert habits(task, "<try> 3 * no", "<try> 3 * 7 21 +", "3 * 7 21 + 4 25 yes", "")["attempts"] == 0
+    assert habits(task, f"{ANSWER} {HIT}")["attempts"] == 0  # after the thinking
+    assert habits(task, "<try> 3 * 7 21 yes")["attempts"] == 1
+    assert set(task.habits([], [], 108).values()) == {0.0}
+
+
+@pytest.mark.parametrize("response, gave_up", [
+    (f"{MISS} {ANSWER}", {9: 0, 17: 0, 18: 1}),  # 9 tokens of thinking and 9 of an attempt
+    (f"{MISS} {MISS} {ANSWER}", {18: 0, 26: 0, 27: 1}),
+    (ANSWER, {8: 0, 9: 1}),
+    (f"{MISS} {MISS}", {19: 0, 108: 0}),  # cut off
+    (f"{HIT} {ANSWER}", {108: 0}),  # solved
+])
+def test_who_gave_up(task, response, gave_up):
+    """An unsolved trace that ended its thinking with room for another attempt."""
+    assert {budget: habits(task, response, budget=budget)["gave_up"] for budget in gave_up} == gave_up
+
+
+def test_a_way_back_is_compared_as_the_whole_chain_that_it_stands_for():
+    """7 + 4 = 11, back to 11 and - 3: the proposal (7 + 4) - 3. Back to what the last attempt does not hold: no proposal."""
+    task = Countdown(backtrack=0.5)
+    expressions = lambda response: [" ".join(chain.expression) for chain in task.proposals(task.tokenizer.encode(response))]
+    assert expressions(f"{MISS} <back> 11 - 3 8 no") == ["( 7 + 4 ) * 3", "( 7 + 4 ) - 3"]
+    assert expressions(f"{MISS} <back> 11 - 3 8 no <back> 11 * 3 33 no")[2] == "( 7 + 4 ) * 3"
+    assert expressions(f"{MISS} <back> 10 - 3 7 no") == expressions(MISS)
+    assert expressions(f"{MISS} <back> 33 + 3 36 no") == expressions(MISS)  # an attempt that is too short to go back to
+    assert expressions("<back> 11 - 3 8 no") == []
+    assert expressions("<try> 3 * 7 21 no <back> 21 + 4 25 yes") == ["3 * 7", "( 3 * 7 ) + 4"]
+    assert expressions(f"{MISS} <back> 7 + 4 11 * 3 33 no") == expressions(MISS)  # nothing is kept: that is no way back
+    assert habits(task, f"{MISS} <back> 11 * 3 33 no")["loops"] == 1
+    assert habits(task, f"{MISS} <back> 11 - 3 8 no {MISS}") == habits(task, f"{MISS} {OTHER} {MISS}")
+    assert habits(task, "<try> 3 * 7 21 - 4 17 no <back> 21 + 4 25 yes")["hit_rate"] == 1 / 2
+
+
+@pytest.mark.parametrize("numbers", [3, 4])
+def test_ways_back_of_warm_traces_stand_for_chains_that_the_oracle_knows(numbers):
+    """Every proposal of a trace is one of the problem's chains, and it hits where its check says so."""
+    task = Countdown(numbers=numbers, used=numbers, target_max=60, max_solutions=20, backtrack=0.6)
+    back = 0
+    for problem, ids, _ in traces(task, 60):
+        written, proposals = list(task.attempts(ids)), task.proposals(ids)
+        assert len(written) == len(proposals)
+        known = {(chain.numbers, chain.ops, chain.results) for chains in task.chains(problem).values() for chain in chains}
+        for (kind, _, _, check), chain in zip(written, proposals):
+            back += kind == "back"
+            assert (chain.numbers, chain.ops, chain.results) in known
+            assert (chain.results[-1] == problem.target) == (check == "yes")
+    assert back > 20
+
+
+def test_habits_of_warm_traces_are_the_flaws_of_their_keys():
+    """Exact at the extremes: always looping, never repeating, checking on and on, giving up at once."""
+    measure = lambda task, count: task.habits(*list(zip(*traces(task, count)))[:2], 9 * task.max_attempts)
+    looping = measure(Countdown(repeat=1.0, go_on=0.0, give_up=0.0, hint=0.0), 100)
+    assert looping["loops"] == looping["repeats"] == 1 and looping["rechecks"] == looping["gave_up"] == 0
+    searching = measure(Countdown(repeat=0.0, go_on=0.0, give_up=0.0, hint=0.0), 100)
+    assert searching["loops"] == searching["repeats"] == searching["gave_up"] == 0
+    assert measure(Countdown(repeat=0.0, go_on=1.0, give_up=0.0, hint=1.0), 50) == {
+        "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "gave_up": 0}
+    assert measure(Countdown(give_up=1.0), 30) == {
+        "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1}
+    rate = measure(Countdown(repeat=0.4, go_on=0.5, give_up=0.1, hint=0.0), 800)
+    assert rate["loops"] == pytest.approx(0.4, abs=0.03) and rate["rechecks"] == pytest.approx(1, abs=0.15)

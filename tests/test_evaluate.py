@@ -11,6 +11,7 @@ import torch
 import evaluate
 from data.countdown import Problem
 from evaluate import (
+    against_best,
     answer_text,
     budget_figure,
     budget_grid,
@@ -84,6 +85,30 @@ def test_a_policy_that_solves_one_of_two_problems_after_15_tokens_and_stops_at_2
     assert (section["problems"], section["samples"], section["thinking_budget"]) == (2, 2, 36)
 
 
+def test_the_three_regrets_of_that_policy_and_its_habits(task):
+    """J rises from 0 to .5 between 9 and 18 tokens. A majority of 4 equal answers is no better and costs 3 · 10 tokens more."""
+    section = section_of(task, closes=20, ready=15)
+    value = lambda name: [leaf["value"] for leaf in section[name].values()]
+    assert values(section["maj_curve"]) == values(section["budget_curve"])
+    assert [row["tokens"] for row in section["maj_curve"]] == [min(b, 20) + 40 for b in GRID]
+    assert value("regret_to_maj") == pytest.approx([-2.25 / 18, -11.25 / 36, (5.25 - 20.25) / 54])
+    assert value("regret_to_best") == pytest.approx([0.5 - 2.25 / 18, 0.5 - 11.25 / 36, 0.5 - 20.25 / 54])
+    assert section["habits"] == {"attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1}
+    hasty, endless = (section_of(task, closes=closes, ready=15)["habits"]["gave_up"] for closes in (27, 1000))
+    assert (hasty, endless) == (1, 0)  # 27 leaves room for 9 more
+    assert section_of(task, closes=28, ready=15)["habits"]["gave_up"] == 0
+
+
+def test_the_best_of_all_runs_is_the_comparator_of_each(task):
+    early, late = section_of(task, closes=40, ready=15), section_of(task, closes=40, ready=30)
+    both = against_best({"early": early, "late": late})
+    assert both["early"]["regret_to_best"] == early["regret_to_best"]  # it is the best itself
+    assert late["regret_to_best"]["18"]["value"] == 0  # nothing is in its own reach by then
+    for h, leaf in both["late"]["regret_to_best"].items():
+        assert leaf == pytest.approx({name: x - 0.5 for name, x in late["regret"][h].items()})
+    assert "regret_to_best" in late and both["late"]["regret"] == late["regret"]
+
+
 def test_extrapolation_reaches_answers_that_a_policy_which_stops_early_does_not(task):
     section = section_of(task, closes=20, ready=30)
     assert values(section["budget_curve"]) == [0] * 6
@@ -105,7 +130,7 @@ def test_a_rollout_that_is_over_the_training_budget_scores_0_but_its_budget_curv
 
 
 def test_what_a_late_rollout_did_after_the_cut_counts_nowhere(task):
-    late = sample_chunk(Scripted(task, 37, 30), task, [SOLVED], RUN, GRID, generator_for(0, "test", 0))
+    late = sample_chunk(Scripted(task, 37, 30), task, [SOLVED], RUN, GRID, generator_for(0, "test", 0), False)
     assert late["right"].tolist() == [0, 0] and late["vote"].tolist() == ["", ""]
     assert late["tokens"].tolist() == [46, 46]  # not 47
 
@@ -138,7 +163,7 @@ def test_a_long_rollout_cut_at_the_training_budget_is_a_training_rollout(task, m
 
 
 def test_both_passes_share_their_random_numbers_until_thinking_is_closed(task, model):
-    chunk = sample_chunk(model, task, task.problems("test", 16, 0), RUN, GRID, generator_for(0, "test", 0))
+    chunk = sample_chunk(model, task, task.problems("test", 16, 0), RUN, GRID, generator_for(0, "test", 0), False)
     assert (chunk["spent_on"] >= chunk["spent"]).all()  # forced to go on, a rollout never thinks less
     assert (chunk["spent_on"] > chunk["spent"]).any()
     assert chunk["J"].shape == chunk["J_on"].shape == (32, len(GRID))

@@ -7,7 +7,15 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from nanomrt.metrics import bootstrap, maj_at_k, normalised_regret, pass_at_k, ratio
+from nanomrt.metrics import (
+    bootstrap,
+    empirical_best,
+    maj_at_k,
+    normalised_regret,
+    pass_at_k,
+    ratio,
+    regret_to_maj,
+)
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -77,6 +85,42 @@ def test_regret_is_linear_in_the_curve_so_the_mean_over_problems_is_that_of_the_
 def test_regret_rejects_a_grid_that_does_not_reach(budgets, horizon):
     with pytest.raises(ValueError, match="increase from 0 to the horizon"):
         normalised_regret(budgets, [0.5] * len(budgets), horizon)
+
+
+@pytest.mark.parametrize("p, q", [(0.2, 0.2), (0.2, 0.7), (0.9, 0.4)])
+@pytest.mark.parametrize("extra, horizon", [(10, 5), (10, 10), (10, 54), (60, 54)])
+def test_regret_to_a_constant_majority(p, q, extra, horizon):
+    """The comparator goes from p to q while its further answers are paid for, and stays there."""
+    on_the_way = min(extra, horizon)
+    reached = p + (q - p) * on_the_way / extra
+    area = (p + reached) / 2 * on_the_way + q * (horizon - on_the_way)
+    assert regret_to_maj(GRID, np.full(5, p), np.full(5, q), extra, horizon) == pytest.approx(area / horizon - p)
+
+
+def test_regret_to_majorities_that_are_no_better_than_one_answer_is_what_their_price_costs():
+    line = np.array(GRID) / 54
+    for extra, horizon in ((9, 54), (27, 54), (3, 20)):  # the comparator is the same line, `extra` later
+        late = normalised_regret(GRID, line, horizon) - (1 - (horizon - extra) ** 2 / 2 / 54 / horizon)
+        assert regret_to_maj(GRID, line, line, extra, horizon) == pytest.approx(late) and late < 0
+
+
+def test_regret_to_majorities_by_brute_force():
+    J, maj = np.random.default_rng(0).random((2, 7, 5))
+    t = np.linspace(0, 40, 400_001)
+    for i in range(7):
+        ahead = np.interp(t, [0, *(b + 6 for b in GRID)], [J[i, 0], *maj[i]]) - np.interp(t, GRID, J[i])
+        assert regret_to_maj(GRID, J, maj, 6, 40)[i] == pytest.approx(ahead.mean(), abs=1e-5)
+
+
+def test_empirical_best_is_the_largest_value_of_any_curve_up_to_the_horizon():
+    slow, fast = (GRID, [0.0, 0.1, 0.2, 0.3, 0.9]), ([0, 10, 54], [0.1, 0.5, 0.4])
+    assert empirical_best([slow], 54) == 0.9 and empirical_best([slow, fast], 54) == 0.9
+    assert empirical_best([slow, fast], 18) == 0.5  # reached at 10
+    assert empirical_best([slow], 18) == 0.2
+    assert empirical_best([fast], 5) == pytest.approx(0.3) == empirical_best([slow, fast], 5)  # between two budgets
+    for horizon in (5, 18, 40, 54):
+        best = empirical_best([slow, fast], horizon)
+        assert all(best - (1 - normalised_regret(*curve, horizon)) >= 0 for curve in (slow, fast))
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():

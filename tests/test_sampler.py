@@ -474,7 +474,7 @@ def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
     expected = [task.grade(rollouts.problems[r], task.tokenizer.decode(answer))
                 for (r, _), answer in zip(places, answers, strict=True)]
     torch.testing.assert_close(forced.J, torch.tensor(expected), atol=1e-6, rtol=0)
-    assert forced.right == [answer if verdict == 1 else None for answer, verdict in zip(answers, expected, strict=True)]
+    assert forced.branches == [[pair] for pair in zip(answers, expected, strict=True)]
     asked = {tuple(context): answer for context, answer in zip(contexts, answers, strict=True)}
     assert len(asked) < len(contexts)  # J_0 of a prompt is asked once for all of its rollouts
     assert forced.generated == sum(len(answer) - 2 for answer in asked.values())  # what was drawn counts, not what was forced
