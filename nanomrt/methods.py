@@ -88,9 +88,9 @@ def traces(model: Llama, task, problems: Sequence, config: RunConfig, generator:
 
 
 def traces_with_J(model, task, problems, config, generator) -> Gathered:
-    """The policy's own traces, and J at every boundary. With alpha = 0 nothing would read J: it isn't asked for."""
+    """The policy's own traces, and J at every boundary. MRT with alpha = 0 wouldn't read J: it isn't asked for."""
     gathered = traces(model, task, problems, config, generator)
-    if config.alpha == 0:
+    if config.algorithm == "mrt_online" and config.alpha == 0:
         return gathered
     return measured(gathered, *boundaries(task, gathered.rollouts), stopping(model, task, config, generator))
 
@@ -143,6 +143,8 @@ def after_an_attempt(model, task, problems, config, generator) -> Gathered:
     rollouts = continue_from(model, task, base.problems, base.samples.segments(), rows,
                              [base.tokens[r][: cut[r]] for r in rows], [[]] * len(cut), base.prompt_id, sampling, generator)
     gathered = Gathered(rollouts, rollouts.batch(), None, base.samples.generated + rollouts.samples.generated)
+    if config.alpha == 0:
+        return gathered
     where = [(r, place, known) for r in rows for place, known in ((cut[r], None), (len(rollouts.tokens[r]), rollouts.reward[r]))]
     row, position, known = map(list, zip(*where))
     return measured(gathered, row, position, stopping(model, task, config, generator), known)

@@ -160,9 +160,11 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 
 
-def prefix_bonus_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
     """MRT's backtracking form: reward f + alpha · (f - J(z_1)) for all that follows the failed attempt z_1, relative to the
     group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
+    if episodes is None or config.alpha == 0:
+        return outcome_credit(batch, episodes, config)
     bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress)  # (B,)
     reward = batch.reward + config.alpha * bonus
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action

@@ -1,0 +1,105 @@
+"""The ten ways of gathering a batch: what is context and what is action, where J or V is asked for, and what it costs."""
+
+import zlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.countdown import Countdown
+from nanomrt import rollout
+from nanomrt.config import RunConfig
+from nanomrt.methods import METHODS, Gathered
+from nanomrt.model import Llama
+
+PROBLEMS, GROUP = 8, 4
+
+
+class Verdicts(Countdown):
+    """A task whose verdict a random model can earn: the parity of a hash of what is said after the thinking."""
+
+    def grade(self, problem, response: str) -> float:
+        _, close, answer = response.rpartition("</think>")
+        return float(bool(close) and zlib.crc32(f"{problem} {answer}".encode()) % 2)
+
+
+@pytest.fixture
+def task() -> Countdown:
+    return Verdicts()
+
+
+@pytest.fixture
+def model(config, task) -> Llama:
+    """What it says depends on the context and is far from uniform: often `<try>`, sometimes `</think>` or `</answer>`."""
+    model = Llama(replace(config, tie_word_embeddings=False)).initialise(generator(0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)
+        model.lm_head.weight.mul_(15)
+        model.lm_head.weight[task.open_episode] *= 2.5
+        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.5
+    return model
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[SimpleNamespace]:
+    """Every call of the sampler, in order: whose context, what was forced, what was drawn."""
+    calls, branch = [], rollout.branch
+
+    def spy(model, prefix, segment, contexts, forced, sampling, generator):
+        samples = branch(model, prefix, segment, contexts, forced, sampling, generator)
+        calls.append(SimpleNamespace(contexts=[list(x) for x in contexts], forced=list(map(list, forced)), sampling=sampling,
+                                     samples=samples, drawn=[n[m].tolist() for n, m in zip(samples.tokens, samples.is_action)]))
+        return samples
+
+    monkeypatch.setattr(rollout, "branch", spy)
+    return calls
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def settings(algorithm: str, **keys) -> RunConfig:
+    return RunConfig(**dict(algorithm=algorithm, prompts_per_step=PROBLEMS, group_size=GROUP, thinking_budget=40) | keys)
+
+
+def gather(model: Llama, task: Countdown, config: RunConfig, seed: int = 0) -> Gathered:
+    problems = task.problems("train", config.prompts_per_step, 0)
+    return METHODS[config.algorithm].gather(model, task, problems, config, generator(seed))
+
+
+def actions(gathered: Gathered) -> list[list[bool]]:
+    """Of each row."""
+    return [part.tolist() for part in gathered.batch.is_action.split(gathered.batch.lengths.tolist())]
+
+
+def episodes(gathered: Gathered) -> list[tuple[int, int, int, float, float]]:
+    """(row, start, end, value before, value after), places counted from the row's first token."""
+    E, offset = gathered.episodes, gathered.batch.offset
+    columns = (E.row, E.start - offset[E.row], E.end - offset[E.row], E.J_before, E.J_after)
+    return list(zip(*(x.tolist() for x in columns), strict=True))
+
+
+# --- What alpha = 0 saves ---
+
+
+@pytest.mark.parametrize("algorithm", ["mrt_online", "mrt", "mrt_b"])
+def test_alpha_zero_asks_for_nothing(model, task, asked, algorithm):
+    """Without a bonus J has no reader: no fork, no episode, and the credit is the outcome's."""
+    config = settings(algorithm, alpha=0.0)
+    gathered = gather(model, task, config)
+    assert gathered.episodes is None and gathered.fork_tokens == 0
+    assert gathered.trace_tokens == sum(call.samples.generated for call in asked)
+    credit = METHODS[algorithm].credit(gathered.batch, None, config)
+    assert torch.equal(credit, METHODS["grpo"].credit(gathered.batch, None, config)) and credit.any()
+
+
+def test_what_has_no_bonus_does_not_heed_alpha(model, task):
+    """vineppo, anytime and mrt_star measure their values whatever alpha is."""
+    for algorithm in ("vineppo", "anytime", "mrt_star"):
+        zero, one = (gather(model, task, settings(algorithm, alpha=alpha)) for alpha in (0.0, 1.0))
+        assert zero.fork_tokens == one.fork_tokens > 0
+        before, after = (METHODS[algorithm].credit(x.batch, x.episodes, settings(algorithm, alpha=alpha))
+                         for x, alpha in ((zero, 0.0), (one, 1.0)))
+        assert torch.equal(before, after) and after.any()
