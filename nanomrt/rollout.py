@@ -109,7 +109,8 @@ def force_answers(model: Llama, task, rollouts: Rollouts, row: Sequence[int], po
 
 def go_on(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], config: RunConfig,
           generator: torch.Generator) -> Forked:
-    """V at each (row, position): go on from there `forks` times as in training, take the mean verdict."""
+    """V at each (row, position): go on from there `forks` times as in training, take the mean verdict. A whole trace too
+    long for training is wrong."""
     return fork(model, task, rollouts, row, position, [], config.forks, training_sampling(task, config), generator)
 
 
@@ -128,6 +129,10 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
                      [forced] * len(rows), sampling, generator)
     answers = samples.rows()
     verdicts = grade(task, [rollouts.problems[r] for r in rows], answers)
+    if not forced:  # training would have cut the whole trace off before an answer that comes too late
+        begun = [len(context) - rollouts.prompt_length[r] for context, r in asked.items() for _ in range(forks)]
+        verdicts = [verdict * (n + drawn <= sampling.max_new_tokens)
+                    for verdict, n, drawn in zip(verdicts, begun, samples.is_action.sum(1).tolist())]
     graded = list(zip(answers, verdicts))
     own = {context: graded[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
     branches = [own[context] for context in contexts]

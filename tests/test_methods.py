@@ -103,3 +103,31 @@ def test_what_has_no_bonus_does_not_heed_alpha(model, task):
         before, after = (METHODS[algorithm].credit(x.batch, x.episodes, settings(algorithm, alpha=alpha))
                          for x, alpha in ((zero, 0.0), (one, 1.0)))
         assert torch.equal(before, after) and after.any()
+
+
+# --- vineppo ---
+
+
+def test_V_is_the_mean_verdict_of_going_on_within_what_training_allows(model, task, asked):
+    """V asks each different context at a boundary once, `forks` times; what has not answered where training would have cut the
+    whole trace off is wrong, however right it becomes later."""
+    config = settings("vineppo", forks=3, fork_temperature=1.0)
+    gathered, (_, call) = gather(model, task, config), asked
+    assert call.sampling == asked[0].sampling and not any(call.forced) and call.sampling.temperature == config.temperature
+    problem, V, too_late = {}, {}, 0
+    for r, row in enumerate(gathered.rollouts.tokens):
+        for end in range(len(row)):
+            problem[tuple(row[:end])] = r
+    for i, (context, drawn) in enumerate(zip(call.contexts, call.drawn, strict=True)):
+        assert context == call.contexts[i - i % 3]
+        r = problem[tuple(context)]
+        response = (context + drawn)[gathered.rollouts.prompt_length[r] :]
+        right = task.grade(gathered.rollouts.problems[r], task.tokenizer.decode(response))
+        too_late += right and len(response) > call.sampling.max_new_tokens
+        right *= len(response) <= call.sampling.max_new_tokens
+        V[tuple(context)] = V.get(tuple(context), 0) + right / 3
+    assert too_late > 3 and len(call.contexts) == 3 * len(V)
+    for r, start, end, before, after in episodes(gathered):
+        row = gathered.rollouts.tokens[r]
+        assert before == pytest.approx(V[tuple(row[:start])])
+        assert after == pytest.approx(V[tuple(row[:end])] if end < len(row) else gathered.rollouts.reward[r])
