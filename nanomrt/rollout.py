@@ -29,10 +29,10 @@ class Rollouts:
     def response(self, row: int) -> list[int]:
         return self.tokens[row][self.prompt_length[row] :]
 
-    def batch(self) -> Batch:
-        """The flat tensors that the loss reads, on the sampler's device. Tokens before the branch are context and carry no
-        log-prob. What nobody sampled is learned as a whole: every token after the prompt."""
-        samples, device = self.samples, self.samples.tokens.device if self.samples else "cpu"
+    def batch(self, device: torch.device | str = "cpu") -> Batch:
+        """The flat tensors that the loss reads, on the sampler's device or, without one, on `device`. Tokens before the branch
+        are context and carry no log-prob. What nobody sampled is learned as a whole: every token after the prompt."""
+        samples, device = self.samples, self.samples.tokens.device if self.samples else device
         lengths = torch.tensor([len(row) for row in self.tokens], device=device)  # (B,)
         if samples:
             step = torch.arange(samples.tokens.shape[1], device=device)
@@ -41,8 +41,9 @@ class Rollouts:
             spread = lambda x: torch.zeros(int(lengths.sum()), dtype=x.dtype, device=device).index_copy(0, where, x[real])
             is_action, logprob, finished = spread(samples.is_action), spread(samples.logprobs), samples.stopped
         else:
-            is_action = torch.tensor([t >= n for row, n in zip(self.tokens, self.prompt_length) for t in range(len(row))])
-            logprob, finished = torch.zeros(len(is_action)), torch.ones(len(lengths), dtype=torch.bool)
+            is_action = torch.tensor([t >= n for row, n in zip(self.tokens, self.prompt_length) for t in range(len(row))],
+                                     device=device)
+            logprob, finished = torch.zeros(is_action.shape, device=device), torch.ones_like(lengths, dtype=torch.bool)
         return Batch(tokens=torch.tensor([token for row in self.tokens for token in row], device=device), lengths=lengths,
                      is_action=is_action, logprob=logprob, reward=torch.tensor(self.reward, device=device),
                      prompt_id=torch.tensor(self.prompt_id, device=device), finished=finished)
@@ -121,7 +122,7 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
     Equal contexts have equal values and are asked once: all rollouts of a prompt share J_0, and many share their first attempt.
     """
     if not row:
-        return Forked(torch.zeros(0), [], 0)
+        return Forked(torch.zeros(0, device=model.head.device), [], 0)
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
     rows = [r for r in asked.values() for _ in range(forks)]

@@ -12,6 +12,7 @@ from nanomrt import rollout
 from nanomrt.config import RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama
+from nanomrt.rollout import force_answers
 
 PROBLEMS, GROUP = 8, 4
 
@@ -131,3 +132,14 @@ def test_V_is_the_mean_verdict_of_going_on_within_what_training_allows(model, ta
         row = gathered.rollouts.tokens[r]
         assert before == pytest.approx(V[tuple(row[:start])])
         assert after == pytest.approx(V[tuple(row[:end])] if end < len(row) else gathered.rollouts.reward[r])
+
+
+# --- sft and mrt_star ---
+
+
+def test_what_nobody_sampled_lies_where_the_model_is(task):
+    """The batch of written traces, and J of no place at all; "meta" stands for any device but the default."""
+    elsewhere = SimpleNamespace(head=torch.empty(1, device="meta"))
+    batch = gather(elsewhere, task, settings("sft")).batch
+    assert {x.device.type for x in vars(batch).values()} == {"meta"}
+    assert force_answers(elsewhere, task, None, [], [], 1, 0.0, None).J.device.type == "meta"
