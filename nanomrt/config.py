@@ -17,7 +17,7 @@ ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt
 CHOICES = {
     "algorithm": ALGORITHMS,
     "advantage_norm": ("mean", "mean_std", "rloo"),
-    "progress_norm": ("none", "mean", "mean_std"),
+    "progress_norm": ("none", "mean", "mean_std", "group_std"),
     "loss_norm": ("token", "sequence", "constant"),
     "kl_estimator": ("k2", "k3", "k1_reward"),
     "truncated": ("zero", "mask"),
@@ -101,7 +101,7 @@ class RunConfig:
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
-    progress_norm: str = key("mean_std", "progress over the batch: none, mean or mean_std")
+    progress_norm: str = key("mean_std", "progress: none, mean, mean_std (over the batch) or group_std (centred in its group)")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     equal_groups: str = key("keep", "groups without a difference in reward: keep, or skip (left out of the loss, as in DAPO)")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")

@@ -117,11 +117,15 @@ def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     return torch.tensor(credit, dtype=progress.dtype, device=progress.device)
 
 
-def normalise(progress: Tensor, norm: str) -> Tensor:
-    """Progress over all episodes of the batch: as it is, centred, or centred and divided by the std. (E,) -> (E,)."""
+def normalise(progress: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
+    """Progress relative to that of other episodes. (E,), (E,) -> (E,).
+
+    none: as it is; mean: minus the batch's mean, which is what the time of an episode is worth elsewhere; mean_std: and divided
+    by the std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left.
+    """
     if norm == "none" or len(progress) == 0:
         return progress
-    centred = progress - progress.mean()
+    centred = group_advantage(progress, prompt_id, "mean") if norm == "group_std" else progress - progress.mean()
     return centred if norm == "mean" else centred / (centred.square().mean().sqrt() + 1e-6)
 
 
@@ -156,7 +160,8 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
     advantage = outcome_credit(batch, episodes, config)
     if episodes is None or config.alpha == 0:
         return advantage
-    credit = discounted_credit(normalise(episodes.progress, config.progress_norm), episodes.row, config.gamma)  # (E,)
+    progress = normalise(episodes.progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    credit = discounted_credit(progress, episodes.row, config.gamma)  # (E,)
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 
 
@@ -173,7 +178,8 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config) -> Tens
 def value_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
     itself. Summed over a rollout it is reward - V(c_0), the outcome; no other term. Kazemnejad et al., arXiv 2410.01679."""
-    return spread(batch, episodes, normalise(episodes.progress, config.progress_norm)) * batch.is_action
+    difference = normalise(episodes.progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    return spread(batch, episodes, difference) * batch.is_action
 
 
 def anytime_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
