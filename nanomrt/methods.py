@@ -152,7 +152,7 @@ def after_an_attempt(model, task, problems, config, generator) -> Gathered:
 
 def best_prefixes(model, task, problems, config, generator) -> Gathered:
     """MRT's STaR form: every trace is cut at the earliest boundary with the largest J, and goes on with a right answer forced
-    there; a trace of which every forced answer is wrong is wrong itself."""
+    there. A trace without one stays as it is, and so does its verdict."""
     gathered = traces(model, task, problems, config, generator)
     rollouts, (row, position) = gathered.rollouts, boundaries(task, gathered.rollouts)
     began = time.perf_counter()

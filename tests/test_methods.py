@@ -1,6 +1,8 @@
 """The ten ways of gathering a batch: what is context and what is action, where J or V is asked for, and what it costs."""
 
+import random
 import zlib
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,12 +11,12 @@ import torch
 
 from data.countdown import Countdown
 from nanomrt import rollout
-from nanomrt.config import RunConfig
+from nanomrt.config import ALGORITHMS, RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama
-from nanomrt.rollout import force_answers
+from nanomrt.rollout import boundaries, force_answers
 
-PROBLEMS, GROUP = 8, 4
+PROBLEMS, GROUP = 6, 4
 
 
 class Verdicts(Countdown):
@@ -82,6 +84,79 @@ def episodes(gathered: Gathered) -> list[tuple[int, int, int, float, float]]:
     return list(zip(*(x.tolist() for x in columns), strict=True))
 
 
+def greedy_J(model: Llama, task: Countdown, gathered: Gathered, row: list[int], position: list[int]) -> list[float]:
+    """The default J, one greedy answer, which tests/test_sampler.py checks against decoding from scratch."""
+    return force_answers(model, task, gathered.rollouts, row, position, 1, 0.0, None).J.tolist()
+
+
+def new_episodes(task: Countdown, gathered: Gathered, r: int, begin: int) -> list[int]:
+    """Where the episodes of a row end that begin at or behind this place."""
+    start = gathered.rollouts.prompt_length[r]
+    return [start + end for end in task.episode_ends(gathered.rollouts.response(r)) if start + end > begin]
+
+
+# --- What all methods share ---
+
+
+def test_every_algorithm_of_the_config_is_a_method():
+    """The same names in the same order."""
+    assert tuple(METHODS) == ALGORITHMS
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_batch_is_a_function_of_its_generator(model, task, algorithm):
+    """Same seed: the same rollouts and values, bit for bit; another seed: others. Neither reads nor moves a global generator,
+    and the weights stay."""
+    config = settings(algorithm, forks=2, fork_temperature=1.0)
+    weights = [weight.clone() for weight in model.parameters()]
+    before = random.getstate(), torch.get_rng_state()
+    a, b, c = (gather(model, task, config, seed) for seed in (1, 1, 2))
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert all(map(torch.equal, weights, model.parameters()))
+    for part in ("batch", "episodes"):
+        mine, again = getattr(a, part), getattr(b, part)
+        assert (mine is None) == (again is None)
+        assert mine is None or all(map(torch.equal, vars(mine).values(), vars(again).values()))
+    assert (a.trace_tokens, a.fork_tokens) == (b.trace_tokens, b.fork_tokens)
+    assert a.rollouts.tokens == b.rollouts.tokens != c.rollouts.tokens
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rows_groups_verdicts_and_the_ledger(model, task, asked, algorithm):
+    """GROUP rows per problem, each with the verdict on its own response; credit for actions only; every token that the sampler
+    drew is counted once, and J or V of equal contexts is asked for once."""
+    config = settings(algorithm, forks=2, fork_temperature=1.0)
+    gathered, problems = gather(model, task, config), task.problems("train", PROBLEMS, 0)
+    rollouts, batch = gathered.rollouts, gathered.batch
+    assert rollouts.problems == [problem for problem in problems for _ in range(GROUP)]
+    assert batch.prompt_id.tolist() == [i for i in range(PROBLEMS) for _ in range(GROUP)]
+    assert batch.tokens.tolist() == sum(rollouts.tokens, []) and batch.lengths.tolist() == list(map(len, rollouts.tokens))
+    for r, problem in enumerate(rollouts.problems):
+        prompt = task.prompt(problem)
+        assert rollouts.tokens[r][: len(prompt)] == prompt
+        assert batch.reward[r] == task.grade(problem, task.tokenizer.decode(rollouts.tokens[r][len(prompt) :]))
+    credit = METHODS[algorithm].credit(batch, gathered.episodes, config)
+    assert credit.shape == batch.tokens.shape and credit.isfinite().all()
+    assert credit.any() and not credit[~batch.is_action].any() and not batch.logprob[~batch.is_action].any()
+
+    drawn = [call.samples.generated for call in asked]
+    traces = 0 if algorithm == "sft" else 2 if algorithm in ("mrt", "mrt_b") else 1  # calls; then at most one for values
+    assert (gathered.trace_tokens, gathered.fork_tokens) == (sum(drawn[:traces]), sum(drawn[traces:]))
+    assert len(asked) == traces + (algorithm in ("mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime"))
+    assert all(set(Counter(map(tuple, call.contexts)).values()) == {2} for call in asked[traces:])  # `forks` times each
+
+
+@pytest.mark.parametrize("algorithm", ["star", "grpo", "length_penalty", "mrt_online", "vineppo", "anytime"])
+def test_these_learn_from_the_policys_own_traces(model, task, algorithm):
+    """The same traces, whatever is measured inside of them: all after the prompt is action, with the sampler's log-prob."""
+    gathered, grpo = gather(model, task, settings(algorithm)), gather(model, task, settings("grpo"))
+    assert all(map(torch.equal, vars(gathered.batch).values(), vars(grpo.batch).values()))
+    for r, mine in enumerate(actions(gathered)):
+        assert mine == [t >= gathered.rollouts.prompt_length[r] for t in range(len(mine))]
+    assert gathered.trace_tokens == int(gathered.batch.is_action.sum()) == grpo.trace_tokens
+    assert (gathered.batch.logprob[gathered.batch.is_action] < 0).all()
+
+
 # --- What alpha = 0 saves ---
 
 
@@ -104,6 +179,22 @@ def test_what_has_no_bonus_does_not_heed_alpha(model, task):
         before, after = (METHODS[algorithm].credit(x.batch, x.episodes, settings(algorithm, alpha=alpha))
                          for x, alpha in ((zero, 0.0), (one, 1.0)))
         assert torch.equal(before, after) and after.any()
+
+
+# --- mrt_online, anytime ---
+
+
+@pytest.mark.parametrize("algorithm", ["mrt_online", "anytime"])
+def test_J_is_known_at_every_boundary(model, task, algorithm):
+    """An episode for every one of the task's, from the end of the prompt to the end of the thinking, and J at its two ends."""
+    gathered = gather(model, task, settings(algorithm))
+    row, position = boundaries(task, gathered.rollouts)
+    J = dict(zip(zip(row, position), greedy_J(model, task, gathered, row, position)))
+    expected = []
+    for r, start in enumerate(gathered.rollouts.prompt_length):
+        ends = new_episodes(task, gathered, r, 0)
+        expected += [(r, a, b, J[r, a], J[r, b]) for a, b in zip([start, *ends], ends)]
+    assert episodes(gathered) == expected and len(expected) > 30 and 0 < sum(x[4] - x[3] != 0 for x in expected)
 
 
 # --- vineppo ---
@@ -134,6 +225,94 @@ def test_V_is_the_mean_verdict_of_going_on_within_what_training_allows(model, ta
         assert after == pytest.approx(V[tuple(row[:end])] if end < len(row) else gathered.rollouts.reward[r])
 
 
+def test_the_answer_is_vineppos_last_episode_and_progress_sums_to_the_outcome(model, task):
+    """Boundaries: the end of the prompt, of every episode, and of the response, where V is the reward. So a rollout's progress
+    sums to reward - V_0, also of one without an episode and of one that was cut off inside of one."""
+    gathered = gather(model, task, settings("vineppo", forks=3, fork_temperature=1.0))
+    rollouts, mine = gathered.rollouts, episodes(gathered)
+    for r, start in enumerate(rollouts.prompt_length):
+        own, end = [x for x in mine if x[0] == r], len(rollouts.tokens[r])
+        inner = [place for place in new_episodes(task, gathered, r, 0) if place < end]
+        assert [x[1:3] for x in own] == list(zip([start, *inner], [*inner, end]))
+        assert all(a[4] == b[3] for a, b in zip(own, own[1:])) and own[-1][4] == rollouts.reward[r]
+        assert sum(x[4] - x[3] for x in own) == pytest.approx(rollouts.reward[r] - own[0][3])
+    first = {r: before for r, start, _, before, _ in mine if start == rollouts.prompt_length[r]}
+    assert all(first[r] == first[r - r % GROUP] for r in first)  # V of a prompt is one estimate
+    answered, thinking = (any(task.episode_ends(rollouts.response(r)) and stopped == bool(finished) for r, finished in
+                              enumerate(gathered.batch.finished)) for stopped in (True, False))
+    assert answered and thinking and any(not task.episode_ends(rollouts.response(r)) for r in first)
+
+
+# --- mrt: the prefix form ---
+
+
+def test_prefixes_are_cut_row_by_row_and_half_of_a_group_stops(model, task, asked):
+    """One trace per problem; each row keeps 0 … T-1 of its T episodes. The first half of a group is forced to answer there, the
+    other half goes on. Prompt, prefix and forced tokens are context; what was drawn after them is action."""
+    gathered, (base, call, _) = gather(model, task, settings("mrt", group_size=8)), asked
+    assert len(base.contexts) == PROBLEMS and call.sampling == base.sampling
+    kept = {i: Counter() for i in range(PROBLEMS)}
+    for r, (row, action) in enumerate(zip(gathered.rollouts.tokens, actions(gathered), strict=True)):
+        i, prompt = r // 8, gathered.rollouts.prompt_length[r]
+        trace, cut = base.contexts[i] + base.drawn[i], len(call.contexts[r])
+        places = [0, *task.episode_ends(base.drawn[i])[:-1]]
+        assert cut - prompt in places and call.contexts[r] == trace[:cut]
+        kept[i][places.index(cut - prompt)] += 1
+        stop = task.forced_stop if r % 8 < 4 else []
+        assert row == trace[:cut] + stop + call.drawn[r]
+        assert action == [t >= cut + len(stop) for t in range(len(row))]
+    assert any(len(cuts) > 2 for cuts in kept.values()) and sum(cuts[0] for cuts in kept.values()) < 8 * PROBLEMS
+
+
+def test_every_number_of_kept_episodes_is_as_likely_as_the_others(model, task, asked):
+    """Of T = 0 or 1 none is kept, and of T > 1 the shares of 0 … T-1 are 1/T within four standard deviations."""
+    asked_for, count = settings("mrt", group_size=160, prompts_per_step=3, thinking_budget=20, alpha=0.0), Counter()
+    for seed in range(2):
+        gathered = gather(model, task, asked_for, seed)
+        base, call = asked[-2:]
+        for r, context in enumerate(call.contexts):
+            ends = task.episode_ends(base.drawn[r // 160])
+            count[max(len(ends), 1), [0, *ends].index(len(context) - gathered.rollouts.prompt_length[r])] += 1
+    for T in {T for T, _ in count}:
+        n = sum(count[T, k] for k in range(T))
+        assert sum(count[key] for key in count if key[0] == T) == n  # never all T
+        for k in range(T):
+            assert abs(count[T, k] / n - 1 / T) <= 4 * ((1 - 1 / T) / T / n) ** 0.5
+    assert max(T for T, _ in count) > 1
+
+
+def test_the_prefix_form_measures_the_first_new_episode_of_those_that_go_on(model, task, asked):
+    """From J at the cut to J where the first new episode ends; none for the stopped half, nor where none is begun."""
+    gathered = gather(model, task, settings("mrt", group_size=8))
+    expected = []
+    for r, context in enumerate(asked[1].contexts):
+        new = new_episodes(task, gathered, r, len(context))
+        if r % 8 >= 4 and new:
+            expected.append((r, len(context), new[0], *greedy_J(model, task, gathered, [r, r], [len(context), new[0]])))
+    assert episodes(gathered) == expected and len(expected) > 3
+    assert any(start > gathered.rollouts.prompt_length[r] for r, start, *_ in expected)
+
+
+# --- mrt_b: the backtracking form ---
+
+
+def test_what_follows_an_attempt_of_ones_own(model, task, asked):
+    """Each row draws at most one attempt's tokens, keeps its first episode z_1 (nothing if it opened none) as context, and goes
+    on from there: one episode up to its end, from J(z_1) to the verdict on the whole."""
+    gathered, (base, call, _) = gather(model, task, settings("mrt_b")), asked
+    assert base.sampling == replace(call.sampling, max_new_tokens=task.attempt_tokens)
+    ends = [(task.episode_ends(drawn) or [0])[0] for drawn in base.drawn]
+    cut = [start + end for start, end in zip(gathered.rollouts.prompt_length, ends, strict=True)]
+    for r, (row, action) in enumerate(zip(gathered.rollouts.tokens, actions(gathered), strict=True)):
+        z_1 = (base.contexts[r] + base.drawn[r])[: cut[r]]
+        assert call.contexts[r] == z_1 and row == z_1 + call.drawn[r] and action == [t >= cut[r] for t in range(len(row))]
+    J = greedy_J(model, task, gathered, list(range(len(cut))), cut)
+    assert episodes(gathered) == [(r, cut[r], len(row), J[r], gathered.rollouts.reward[r])
+                                  for r, row in enumerate(gathered.rollouts.tokens)]
+    assert {0, task.attempt_tokens} < set(ends) and len(set(ends)) > 2
+    assert any(len({tuple(call.contexts[r]) for r in range(i, i + GROUP)}) > 1 for i in range(0, len(cut), GROUP))
+
+
 # --- sft and mrt_star ---
 
 
@@ -143,3 +322,48 @@ def test_what_nobody_sampled_lies_where_the_model_is(task):
     batch = gather(elsewhere, task, settings("sft")).batch
     assert {x.device.type for x in vars(batch).values()} == {"meta"}
     assert force_answers(elsewhere, task, None, [], [], 1, 0.0, None).J.device.type == "meta"
+
+
+@pytest.mark.parametrize("keys", [{}, {"forks": 3, "fork_temperature": 1.0}], ids=["one greedy answer", "three sampled"])
+def test_traces_are_cut_at_the_earliest_largest_J_and_end_right(model, task, asked, keys):
+    """By brute force over what the forks said: the first boundary whose share of right answers no other exceeds, then the first
+    right answer given there. Where all were wrong, or there is no boundary, the trace stays, and its verdict is its own."""
+    gathered, forks = gather(model, task, settings("mrt_star", **keys)), keys.get("forks", 1)
+    traces = gather(model, task, settings("grpo")).rollouts
+    call, changed, said = asked[1], 0, {}
+    for context, drawn in zip(call.contexts, call.drawn, strict=True):
+        said.setdefault(tuple(context), []).append(task.forced_stop + drawn)
+    row, position = boundaries(task, traces)
+    for r, trace in enumerate(traces.tokens):
+        right = lambda answer, r=r: task.grade(traces.problems[r], task.tokenizer.decode(answer)) == 1
+        places = [p for owner, p in zip(row, position) if owner == r]
+        J = [sum(map(right, said[tuple(trace[:p])])) / forks for p in places]
+        if any(J):
+            place = places[J.index(max(J))]
+            trace = trace[:place] + next(filter(right, said[tuple(trace[:place])]))
+            assert gathered.rollouts.reward[r] == 1
+            changed += 1
+        assert gathered.rollouts.tokens[r] == trace
+    assert 5 < changed < len(traces.tokens) and any(gathered.rollouts.reward[r] for r in set(range(len(traces.tokens))) - set(row))
+    assert gathered.episodes is None and not gathered.batch.logprob.any() and gathered.batch.finished.all()
+
+
+def test_written_traces_are_learned_as_a_whole(model, task):
+    """Also the forced stop: it is what the policy shall say there of its own accord. Only the prompt is context."""
+    for algorithm in ("sft", "mrt_star"):
+        gathered = gather(model, task, settings(algorithm))
+        for r, mine in enumerate(actions(gathered)):
+            assert mine == [t >= gathered.rollouts.prompt_length[r] for t in range(len(mine))]
+
+
+def test_search_traces_are_the_warm_starts(task, asked):
+    """`group_size` different traces of each problem, flaws included, that nobody sampled: no token, no log-prob, no model."""
+    task, nobody = Countdown(backtrack=0.5), SimpleNamespace(head=torch.empty(1))
+    gathered = gather(nobody, task, settings("sft"))
+    assert not asked and gathered.trace_tokens == gathered.fork_tokens == 0 and gathered.episodes is None
+    assert not gathered.batch.logprob.any() and gathered.batch.finished.all() and 0 < gathered.batch.reward.mean() < 1
+    responses = [gathered.rollouts.response(r) for r in range(PROBLEMS * GROUP)]
+    assert len(set(map(tuple, responses))) == len(responses) and any(task.go_back in response for response in responses)
+    assert all(response[-1] == task.stop and response.count(task.close_thinking) == 1 for response in responses)
+    rewards = task.audit(gathered.rollouts.problems, responses, gathered.rollouts.reward)
+    assert set(rewards.values()) == {1.0}  # no flaw in the arithmetic: the flaws are in the search
