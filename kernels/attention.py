@@ -210,7 +210,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By kernel and head dim: the largest tiles found that spill no register. tests/test_compile.py compiles every one of them.
+# By kernel and head dim: the largest tiles found that spill no register on what they are for; tests/compiled.py compiles them. BN
+# divides BM in the kernels that walk along a row, and BM divides BN in the one that walks down a column.
 TILES = {
     "wide": {  # 16 bit, 227 KiB of shared memory for a program: sm_90
         "forward": {16: (128, 128, 8, 2), 32: (128, 128, 8, 2), 64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
@@ -222,25 +223,24 @@ TILES = {
         "dq": {16: (128, 32, 8, 2), 32: (128, 32, 8, 2), 64: (128, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
         "dkdv": {16: (32, 128, 8, 2), 32: (32, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     },
-    "fp32": {  # exact products on the ordinary cores: for checks, not for speed
+    "fp32": {  # exact products on the ordinary cores: for checks, not for speed. dq of head dim 256 spills in any tile
         "forward": {16: (64, 32, 8, 1), 32: (64, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-        "dq": {16: (32, 32, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-        "dkdv": {16: (32, 32, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "dq": {16: (32, 16, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+        "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
-
-
-TILES["blackwell"] = {**TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 128: (32, 64, 8, 2)}}  # sm_100 keeps less in registers
+TILES["blackwell"] = {**TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 128: (32, 64, 8, 2)}}  # sm_100: the wide one spills
 
 
 @cache
 def hardware(device: torch.device) -> tuple[str, bool]:
-    """Which tiles fit a device, and whether it has a copy engine for whole tiles (TMA)."""
+    """Which tiles fit a device, and whether its copy engine (TMA) fetches them. sm_120 has one, but no room for wide tiles."""
     if device.type != "cuda":
         return "narrow", False  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    wide = "blackwell" if properties.major >= 10 else "wide"
-    return wide if properties.shared_memory_per_block_optin >= 227 * 1024 else "narrow", properties.major >= 9
+    if properties.shared_memory_per_block_optin < 227 * 1024:
+        return "narrow", False
+    return "blackwell" if properties.major >= 10 else "wide", True
 
 
 def tile_of(name: str, q: Tensor) -> Tile:
@@ -259,7 +259,7 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
 def rows_of(x: Tensor) -> Tensor:
     """x (N,heads,D) with the heads of a token side by side and rows where the copy engine can find them; copied if not so."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+    return x if aligned and x.stride()[1:] == (x.shape[2], 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("nanomrt::attention", mutates_args=())
@@ -281,7 +281,7 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
                        max_seqlen: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dQ (N,H,D), dK and dV (N,K,D)."""
     (N, H, D), K, B = q.shape, k.shape[1], len(cu_seqlens) - 1
-    q, k, v, grad = rows_of(q), rows_of(k), rows_of(v), grad.contiguous()
+    q, k, v, grad = rows_of(q), rows_of(k), rows_of(v), rows_of(grad.contiguous())
     dq, dk, dv, delta = q.new_empty(N, H, D), k.new_empty(N, K, D), v.new_empty(N, K, D), torch.empty_like(lse)
     shared = (cu_seqlens, q.stride(0), k.stride(0), v.stride(0), N, scale * LOG2E)
     if N:
@@ -336,5 +336,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     fill = max(16, triton.next_power_of_2(D)) - D
     if fill:
         q, k, v = (F.pad(x, (0, fill)) for x in (q, k, v))
-    out, _ = attention_forward(q, k, v, cu_seqlens, max_seqlen, D**-0.5)
+    out, _ = attention_forward(q, k, v, cu_seqlens.contiguous(), max_seqlen, D**-0.5)
     return out[..., :D]

@@ -161,7 +161,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# The largest tiles found that spill no register; tests/test_compile.py compiles every one of them.
+# The largest tiles found that spill no register; tests/compiled.py compiles every one of them.
 TILES = {
     "hopper": Tile(128, 256, 64, 8, 3),  # 16 bit, 227 KiB of shared memory for a program
     "wide": Tile(128, 128, 64, 8, 4),  # the same; on sm_100, and where z is stored as well
@@ -173,12 +173,13 @@ STORED = Tile(16, 256, 64, 4, 1)  # dz from stored logits: no products, only rea
 
 @cache
 def hardware(device: torch.device) -> tuple[str, bool]:
-    """Which tiles fit a device, and whether it has a copy engine for whole tiles (TMA)."""
+    """Which tiles fit a device, and whether its copy engine (TMA) fetches them. sm_120 has one, but no room for wide tiles."""
     if device.type != "cuda":
         return "narrow", False  # the interpreter
     properties = torch.cuda.get_device_properties(device)
-    wide = properties.shared_memory_per_block_optin >= 227 * 1024
-    return ("hopper" if properties.major == 9 else "wide") if wide else "narrow", properties.major >= 9
+    if properties.shared_memory_per_block_optin < 227 * 1024:
+        return "narrow", False
+    return "hopper" if properties.major == 9 else "wide", True
 
 
 def tile_of(x: Tensor, stored: bool = False) -> Tile:
@@ -188,15 +189,17 @@ def tile_of(x: Tensor, stored: bool = False) -> Tile:
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
     """With which the copy engine fetches tiles of the matrix x; None where pointers have to do."""
-    if x.dtype == torch.float32 or not hardware(x.device)[1] or x.stride(0) * x.element_size() % 16:
-        return None  # a width that is no multiple of 8 can't be addressed by it, wherever the rows lie
+    if x.dtype == torch.float32 or not hardware(x.device)[1]:
+        return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x with its rows where the copy engine can find them; copied if they are not."""
+    """x with its rows where the copy engine can find them: 16 bytes apart, or a multiple of that; copied if they are not."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x.stride(1) == 1 else x.contiguous()
+    if aligned and x.stride(1) == 1:
+        return x
+    return x.new_empty(len(x), triton.cdiv(x.shape[1], 8) * 8)[:, : x.shape[1]].copy_(x)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -297,7 +300,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     hidden (N,C) and weight (V,C) of one type, fp16, bf16 or fp32; targets (N,) int64. log p of a target outside of the
     vocabulary is NaN: checking would have to wait for the device.
     """
-    logprob, entropy, _ = logprobs_forward(hidden, weight, targets, temperature)
+    logprob, entropy, _ = logprobs_forward(hidden, weight, targets.contiguous(), temperature)
     return logprob, entropy
 
 
@@ -313,7 +316,7 @@ def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     and entropy only. It is called under autograd, once per ONE_PASS_ROWS tokens. The gradients of hidden and weight are
     complete when this returns.
     """
-    return _OnePass.apply(hidden, weight, targets, temperature, loss_of)
+    return _OnePass.apply(hidden, weight, targets.contiguous(), temperature, loss_of)
 
 
 class _OnePass(torch.autograd.Function):
