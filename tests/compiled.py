@@ -1,114 +1,195 @@
-"""Every shipped tile of every kernel, compiled ahead of time for the GPUs that it is for: no GPU is needed.
+"""Every launch of the kernels, compiled ahead of time for the GPUs that they are for: no GPU is needed.
 
-Asserts what decides speed and can be read off the machine code: shared memory that fits, no register spills, matrix
-instructions. `tests/test_triton.py` runs this file in a process of its own, without the interpreter.
+The host code runs as it is, on small tensors of a CPU that it takes for a GPU's, with the tiles that it chooses there. A stand-in
+for the driver compiles each launch as Triton would, and nothing runs. Whether a launch is possible and what decides its speed can
+be read off the result: the shared memory that it needs, spilled registers, matrix instructions, tiles fetched by the copy engine
+(TMA). `tests/test_triton.py` runs this file in a process of its own, without the interpreter.
 """
 
-import os
+import importlib
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
-from kernels.attention import TILES as ATTENTION
-from kernels.attention import dkdv_kernel, dq_kernel
-from kernels.attention import forward_kernel as attention_kernel
-from kernels.decode import chunk_kernel, merge_kernel
-from kernels.logprob import STORED, dz_kernel
-from kernels.logprob import TILES as LOGPROB
-from kernels.logprob import forward_kernel as logprob_kernel
-from kernels.logprob import merge_kernel as logprob_merge_kernel
+from kernels.attention import TILES, attention_backward, attention_forward
+from kernels.decode import branch_attention
+from kernels.logprob import logprobs_backward, logprobs_forward, token_loss
 
-CUOBJDUMP = Path(os.path.dirname(triton.__file__)) / "backends/nvidia/bin/cuobjdump"
-SHARED = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes; sm_80's tiles also serve sm_86 and sm_89, which have this much
-POINTERS = {"cu_seqlens": "*i64", "targets": "*i64", "group": "*i64", "place": "*i64", "stored": "*fp16"}
-FP32 = ("lse", "delta", "part_m", "part_l", "part_t", "part_out", "part_lse", "target_z", "logprob", "entropy", "g", "e", "unseen")
-COUNTS = ("N", "V", "M", "L", "R", "first", "first_part", "parts")  # any whole number
-DIVISIBLE = [["tt.divisibility", 16]]
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have; sm_80 has more, but sm_86 and sm_89 share its tiles
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+HALF = torch.bfloat16  # fp16 differs in the type of its operands alone
 
 
-def compiled(kernel, arch: int, tmp_path, dtype: str = "bf16", descriptors: dict | None = None, absent=(), warps: int = 4,
-             stages: int = 1, **constants) -> dict:
-    """Compile as a launch would; `descriptors` by name, with their block; arguments in `absent` are None."""
-    signature, given, attributes = {}, dict(constants), {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants or name in absent or (name.endswith("_desc") and not descriptors):
-            signature[name] = "constexpr"
-            given.setdefault(name, None)
-        elif name.endswith("_desc"):
-            signature[name] = f"tensordesc<{dtype}[{','.join(map(str, descriptors[name]))}]>"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in COUNTS:
-            signature[name] = "i32"
-        else:
-            strided = "stride" in name or name == "C"
-            signature[name] = "i32" if strided else POINTERS.get(name, "*fp32" if name in FP32 else f"*{dtype}")
-            attributes[(i,)] = DIVISIBLE
-    source = ASTSource(fn=kernel, signature=signature, constexprs=given, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    show = lambda what: subprocess.run([CUOBJDUMP, what, path], capture_output=True, text=True, check=True).stdout
-    assert binary.metadata.shared <= SHARED[arch]
-    assert re.search(r"STACK:(\d+)", show("-res-usage"))[1] == "0"
-    return {name: len(re.findall(name, show("-sass"))) for name in ("HGMMA", "HMMA", "UTMALDG")}
+class Launch(NamedTuple):
+    name: str  # of the kernel
+    constants: dict
+    binary: CompiledKernel
 
 
-def assert_matrix_instructions(found: dict, arch: int, loads_tiles: bool) -> None:
-    assert found["HGMMA"] + found["HMMA"] > 0  # sm_100's is called UTCHMMA
-    assert (found["UTMALDG"] > 0) == loads_tiles
+class Driver:
+    """Stands in for the driver of a GPU: Triton asks it what to compile for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # a kernel keeps what it has compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("kernel, name", [(attention_kernel, "forward"), (dq_kernel, "dq"), (dkdv_kernel, "dkdv")],
-                         ids=["forward", "dq", "dkdv"])
-@pytest.mark.parametrize("arch, table, dtype", [(90, "wide", "bf16"), (100, "blackwell", "bf16"), (80, "narrow", "bf16"),
-                                                (80, "fp32", "fp32")])
-def test_attention(arch, table, dtype, kernel, name, head_dim, tmp_path):
-    """Forward and backward. fp16 differs from bf16 in the type of its operands alone."""
-    if head_dim < 64 and table != "narrow":
-        pytest.skip("the tiles of head dim 64 with less to hold")
-    BM, BN, warps, stages = ATTENTION[table][name][head_dim]
-    rows = {"q_desc": (BM, head_dim), "grad_desc": (BM, head_dim), "k_desc": (BN, head_dim), "v_desc": (BN, head_dim)}
-    found = compiled(kernel, arch, tmp_path, dtype, rows if arch >= 90 else None, warps=warps, stages=stages, G=4, D=head_dim,
-                     BM=BM, BN=BN)
-    if dtype != "fp32":
-        assert_matrix_instructions(found, arch, arch >= 90)
+@pytest.fixture
+def launches(monkeypatch) -> Callable[..., list[Launch]]:
+    """launches(arch, function, …): what function(…) launches, compiled for that architecture."""
+    run, found = JITFunction.run, []
+
+    def record(kernel, *arguments, warmup, **options):
+        binary = run(kernel, *arguments, warmup=True, **options)
+        found.append(Launch(kernel.fn.__name__, options, binary))
+        return binary
+
+    def compile_for(arch: int, function: Callable[..., object], *arguments) -> list[Launch]:
+        properties = SimpleNamespace(major=arch // 10, shared_memory_per_block_optin=SHARED[arch])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(arch))
+        found.clear()
+        function(*arguments)
+        return list(found)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    for name in ("attention", "logprob"):
+        module = importlib.import_module(f"kernels.{name}")
+        choose = module.hardware.__wrapped__  # without its cache
+        monkeypatch.setattr(module, "hardware", lambda device, choose=choose: choose(torch.device("cuda")))
+    return compile_for
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["two passes", "one pass"])
-@pytest.mark.parametrize("kernel", [logprob_kernel, dz_kernel], ids=["forward", "dz"])
-@pytest.mark.parametrize("arch, table, dtype", [(90, "hopper", "bf16"), (100, "wide", "bf16"), (80, "narrow", "bf16"),
-                                                (80, "fp32", "fp32")])
-def test_logprob(arch, table, dtype, kernel, stored, tmp_path):
-    """Forward and dz, with and without stored logits."""
-    if stored and kernel is dz_kernel:
-        BM, BV, BK, warps, stages = STORED
-    else:
-        BM, BV, BK, warps, stages = LOGPROB["wide" if stored and table == "hopper" else table]
-    tiles = {"h_desc": (BM, BK), "w_desc": (BV, BK)} if arch >= 90 else None
-    found = compiled(kernel, arch, tmp_path, dtype, tiles, () if stored else ("stored",), warps, stages, BM=BM, BV=BV, BK=BK)
-    if dtype != "fp32" and not (stored and kernel is dz_kernel):
-        assert_matrix_instructions(found, arch, arch >= 90)
+def stack_bytes(binary: CompiledKernel, folder: Path) -> int:
+    """Of a thread, in the machine code. Registers that are spilled lie there, and nothing else in these kernels does."""
+    (folder / "cubin").write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", folder / "cubin"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-@pytest.mark.parametrize("head_dim, shared, BR, BN, warps", [(64, True, 64, 64, 8), (128, True, 64, 64, 8), (256, True, 16, 32, 4),
-                                                             (128, False, 16, 64, 4), (256, False, 16, 32, 4)])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_decode(arch, head_dim, shared, BR, BN, warps, tmp_path):
-    """A shared prefix and a row's own suffix."""
-    absent = () if shared else ("unseen", "group", "place")
-    found = compiled(chunk_kernel, arch, tmp_path, absent=absent, warps=warps, stages=2, G=6, K=2, D=head_dim, BD=head_dim,
-                     CHUNK=512, BR=BR, BN=BN)
-    assert_matrix_instructions(found, arch, False)
+def assert_fast(launch: Launch, arch: int, folder: Path, rows: int = 0, fetched: bool = False, may_spill: bool = False) -> None:
+    """It fits, spills nothing, multiplies `rows` rows at a time with the best instruction, has its tiles `fetched` or not."""
+    metadata, ptx = launch.binary.metadata, launch.binary.asm["ptx"]
+    assert metadata.shared <= SHARED[arch] and (metadata.tmem_size or 0) <= 512, launch.constants
+    assert may_spill or stack_bytes(launch.binary, folder) == 0, launch.constants
+    if rows:
+        assert (MATRIX[arch] if rows >= 64 else "mma.sync") in ptx, launch.constants  # the larger ones take 64 rows and more
+    assert ("cp.async.bulk.tensor" in ptx) == fetched, launch.constants
 
 
-def test_merging(tmp_path):
-    """The kernels that join parts."""
-    compiled(logprob_merge_kernel, 80, tmp_path, SPLITS=8, BM=128)
-    compiled(merge_kernel, 80, tmp_path, D=128, BD=128, warps=1)
+def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# --- attention ---
+
+
+def attend(N: int, D: int, dtype: torch.dtype = HALF) -> None:
+    q, k, starts = empty(N, 8, D, dtype=dtype), empty(N, 2, D, dtype=dtype), torch.tensor([0, N])
+    out, lse = attention_forward(q, k, k, starts, N, 0.1)
+    attention_backward(q, k, k, out, lse, q, starts, N, 0.1)
+
+
+@pytest.mark.parametrize("arch, dtype, D", [
+    *((arch, HALF, D) for arch in SHARED for D in (64, 128, 256)),  # 16 and 32 have the tiles of 64 and less to hold
+    *((80, torch.float32, D) for D in (64, 256)),
+], ids=str)
+def test_attention(arch, dtype, D, launches, tmp_path):
+    """Forward, dQ, dK and dV."""
+    found, half = launches(arch, attend, 40, D, dtype), dtype == HALF
+    assert [launch.name for launch in found] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+    for launch in found:
+        rows = launch.constants["BN" if launch.name == "dkdv_kernel" else "BM"]
+        assert_fast(launch, arch, tmp_path, rows * half, fetched=half and arch >= 90,
+                    may_spill=(launch.name, D, half) == ("dq_kernel", 256, False))
+
+
+def test_tiles_divide_each_other():
+    """Or the border between masked and wholly visible tiles would run through a tile."""
+    for table in TILES.values():
+        assert all(BM % BN == 0 for name in ("forward", "dq") for BM, BN, *_ in table[name].values())
+        assert all(BN % BM == 0 for BM, BN, *_ in table["dkdv"].values())
+
+
+# --- log-probabilities ---
+
+
+def score(N: int, dtype: torch.dtype = HALF, C: int = 64) -> None:
+    hidden, weight, targets = empty(N, C, dtype=dtype), empty(1000, C, dtype=dtype), empty(N, dtype=torch.int64)
+    logprob, entropy, lse = logprobs_forward(hidden, weight, targets, 1.0)
+    logprobs_backward(hidden, weight, targets, lse, entropy, logprob, entropy, 1.0, True, True)
+
+
+def score_once(N: int, dtype: torch.dtype = HALF) -> None:
+    hidden, weight, targets = empty(N, 64, dtype=dtype), empty(1000, 64, dtype=dtype), empty(N, dtype=torch.int64)
+    token_loss(hidden.requires_grad_(), weight, targets, 1.0, lambda logprob, entropy, rows: logprob.sum())
+
+
+@pytest.mark.parametrize("function", [score, score_once], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("arch, dtype", [(80, HALF), (90, HALF), (100, HALF), (80, torch.float32)], ids=str)
+def test_logprob(arch, dtype, function, launches, tmp_path):
+    """Forward, the merging of its splits, and dz: from logits computed once more, or as they were stored."""
+    found, half = launches(arch, function, 20, dtype), dtype == HALF
+    assert [launch.name for launch in found] == ["forward_kernel", "merge_kernel", "dz_kernel"]
+    for launch in found:
+        products = launch.name == "forward_kernel" or (launch.name == "dz_kernel" and function is score)
+        assert_fast(launch, arch, tmp_path, launch.constants["BM"] * (products and half), products and half and arch >= 90)
+
+
+def test_odd_widths(launches, tmp_path):
+    """Numbers are loaded one by one, and still nothing spills."""
+    for launch in launches(80, score, 20, HALF, 77):
+        assert_fast(launch, 80, tmp_path)
+
+
+# --- decoding ---
+
+
+def decode(rows: int, cached: int, own: int, D: int, dtype: torch.dtype = HALF) -> None:
+    q, prefix, suffix = (empty(*shape, D, dtype=dtype) for shape in ((rows, 12), (1, 2, cached), (rows, 2, own)))
+    index, unseen = empty(rows, dtype=torch.int64), empty(1, rows, cached, dtype=torch.float32)
+    branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix)
+
+
+@pytest.mark.parametrize("arch, dtype, D", [*((arch, HALF, D) for arch in SHARED for D in (128, 256)),
+                                            (80, torch.float32, 64), (80, torch.float32, 256)], ids=str)
+def test_decode(arch, dtype, D, launches, tmp_path):
+    """A shared prefix, a row's own suffix, and the merging of their chunks."""
+    found = launches(arch, decode, 3, 20, 4, D, dtype)
+    assert [launch.name for launch in found] == ["chunk_kernel", "chunk_kernel", "merge_kernel"]
+    for launch in found:
+        assert_fast(launch, arch, tmp_path, launch.constants.get("BR", 0) * (dtype == HALF))
+
+
+# --- How often ---
+
+
+def test_sizes_are_no_constants(launches):
+    """Twenty different numbers of tokens, rows and cached entries compile each kernel once."""
+    def everything(N: int) -> list[CompiledKernel]:
+        found = launches(90, attend, N, 64) + launches(90, score, N) + launches(90, score_once, N)
+        return [launch.binary for launch in found + launches(90, decode, N, 2 * N + 1, N, 64)]
+
+    first = everything(1)
+    for N in (2, 8, 15, 16, 17, 32, 64, 100, *range(127, 138), 257):
+        assert all(a is b for a, b in zip(everything(N), first, strict=True)), N

@@ -1,6 +1,6 @@
 """The real kernels under Triton's interpreter, against float64: TRITON_INTERPRET=1 python -m pytest tests/interpreted.py
 
-fp32 and fp16 only: the interpreter is silently wrong in bf16. `tests/test_triton.py` runs this file in a process of its own.
+In fp32 and fp16: the interpreter is silently wrong in bf16. `tests/test_triton.py` runs this file in a process of its own.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
 from kernels.attention import attention, attention_backward, attention_forward
@@ -16,17 +17,19 @@ from kernels.decode import branch_attention
 from kernels.logprob import logprobs_backward, logprobs_forward, token_logprobs, token_loss
 
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN: what a kernel leaves unwritten shows
 HALF, FULL = torch.float16, torch.float32
 TOLERANCE = {FULL: 2e-5, HALF: 4e-3}  # of the largest element: sums of fp32 products; operands, p and results rounded to 2^-11
+IN_HALF = pytest.mark.parametrize("dtype", ["fp16", "fp16, sm_90"], indirect=True)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["pointers", "descriptors"])
-def copy_engine(request, monkeypatch):
-    """Each kernel with and without tensor descriptors. decode has none."""
-    if request.param and "branch" in request.node.name:
-        pytest.skip("decode loads by pointers only")
-    for name in ("attention", "logprob"):
-        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "hardware", lambda device: ("narrow", request.param))
+@pytest.fixture(params=["fp32", "fp16", "fp16, sm_90"])
+def dtype(request, monkeypatch) -> torch.dtype:
+    """Of the operands, with the tiles for them; those of sm_90 are larger and come by tensor descriptors."""
+    if request.param == "fp16, sm_90":
+        for name, table in (("attention", "wide"), ("logprob", "hopper")):
+            monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "hardware", lambda device, table=table: (table, True))
+    return FULL if request.param == "fp32" else HALF
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = FULL) -> Tensor:
@@ -55,10 +58,9 @@ def forward_and_gradients(function, inputs, starts, longest: int, upstream: Tens
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-@pytest.mark.parametrize("dtype", [FULL, HALF])
 @pytest.mark.parametrize("lengths, H, K, D", [
-    ((1, 17, 127), 2, 2, 16), ((129, 0, 1), 6, 2, 32), ((0, 64, 65, 0), 4, 1, 64), ((200,), 3, 1, 16), ((5, 33), 7, 1, 32),
-    ((40, 3), 2, 1, 80), ((17, 20), 1, 1, 96), ((70,), 2, 1, 128), ((35,), 2, 1, 256), ((1, 1, 1), 2, 2, 16),
+    ((1, 17, 127), 1, 1, 16), ((129, 0, 1), 3, 1, 32), ((0, 64, 65, 0), 4, 1, 64), ((5, 20), 6, 1, 16), ((33,), 7, 1, 32),
+    ((40, 3), 2, 1, 80), ((17, 20), 2, 2, 96), ((170,), 2, 1, 128), ((35,), 2, 1, 256), ((1, 1, 1), 2, 2, 16), ((200,), 2, 1, 8),
 ], ids=str)
 def test_attention_and_its_gradients(lengths, H, K, D, dtype):
     """Output, dQ, dK and dV equal the reference in float64, for ragged packs, shared heads and any head dim."""
@@ -69,30 +71,38 @@ def test_attention_and_its_gradients(lengths, H, K, D, dtype):
         assert_near(a, b, dtype)
 
 
-def test_attention_of_a_sequence_does_not_depend_on_its_pack():
-    """Alone or between others, even poisoned ones: the same bits, forward and backward; and the same on a second run."""
-    inputs, starts, upstream = pack((40, 133, 20), 4, 2, 16, HALF)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NaN and infinity, which are meant to be there
+@IN_HALF
+def test_attention_of_a_sequence_does_not_depend_on_its_pack(dtype):
+    """Alone or between others, even poisoned ones: the same bits on every run, forward and backward."""
+    inputs, starts, upstream = pack((40, 133, 20), 2, 1, 16, dtype)
     alone = forward_and_gradients(attention, [x[40:173] for x in inputs], torch.tensor([0, 133]), 133, upstream[40:173])
     poison = [x.clone() for x in (*inputs, upstream)]
     for x in poison:
         x[:40], x[173:] = torch.nan, torch.inf
-    for given in ((*inputs, upstream), poison, poison):
+    for given in ((*inputs, upstream), poison):
         packed = forward_and_gradients(attention, given[:3], starts, 200, given[3])
         assert all(torch.equal(a, b[40:173]) for a, b in zip(alone, packed, strict=True))
 
 
-def test_attention_takes_views_and_writes_to_none():
-    """q, k and v sliced out of one tensor, an expanded upstream gradient; inputs stay as they were."""
-    wide = randn(50, 8, 16)
+@IN_HALF
+def test_attention_takes_views_and_writes_to_none(dtype):
+    """q, k and v sliced out of one tensor, in another order, at odd addresses; strided starts; an expanded upstream gradient."""
+    wide = randn(50, 8, 16, dtype=dtype)
     before = wide.clone()
-    inputs, starts = (wide[:, :4], wide[:, 4:6], wide[:, 6:]), torch.tensor([0, 20, 50])
-    upstream = randn(50, 1, 16, seed=9).expand(50, 4, 16)
-    mine = forward_and_gradients(lambda q, k, v, *rest: attention(q, k, v, *rest), inputs, starts, 30, upstream)
-    sliced = attention(*inputs, starts, 30)
-    exact = forward_and_gradients(reference.attention, [x.double() for x in inputs], starts, 30, upstream.double())
-    assert torch.equal(sliced, mine[0]) and torch.equal(wide, before)
-    for a, b in zip(mine, exact, strict=True):
-        assert_near(a, b, FULL)
+    upstream = randn(50, 1, 16, seed=9, dtype=dtype).expand(50, 4, 16)
+    starts, strided = torch.tensor([0, 20, 50]), torch.tensor([[0, 9], [20, 9], [50, 9]])[:, 0]
+    slices = (wide[:, :4], wide[:, 4:6], wide[:, 6:])
+    other_order = (wide.mT.contiguous().mT[:, :4], *wide[:, 1:5].split(2, 1))
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in slices]
+    for inputs in (slices, other_order, shifted):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves, strided, 30)
+        mine = [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+        exact = forward_and_gradients(reference.attention, [x.double() for x in inputs], starts, 30, upstream.double())
+        for a, b in zip(mine, exact, strict=True):
+            assert_near(a, b, dtype)
+    assert torch.equal(wide, before)
 
 
 @pytest.mark.parametrize("level", [-120.0, 80.0])
@@ -133,9 +143,10 @@ def exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
-@pytest.mark.parametrize("dtype", [FULL, HALF])
-@pytest.mark.parametrize("N, C, V, temperature", [(5, 16, 2, 1.0), (130, 40, 97, 0.7), (3, 33, 129, 1.0), (70, 64, 1200, 2.0)])
-@pytest.mark.parametrize("g, e", [(1, 1), (1, 0), (0, 1), (0, 0)], ids=["both", "log p", "entropy", "neither"])
+@pytest.mark.parametrize("N, C, V, temperature, g, e", [
+    (130, 40, 97, 0.7, 1, 1), (130, 40, 97, 0.7, 1, 0), (130, 40, 97, 0.7, 0, 1), (130, 40, 97, 0.7, 0, 0),
+    (5, 16, 2, 1.0, 1, 1), (3, 33, 129, 1.0, 1, 1), (66, 70, 2100, 2.0, 1, 1),
+])
 def test_logprobs_and_their_gradients(N, C, V, temperature, g, e, dtype):
     """log p, entropy and the gradients of hidden states and weights, for random upstream gradients of either or both."""
     hidden, weight, targets = logprob_case(N, C, V, dtype)
@@ -179,9 +190,10 @@ def test_logits_far_from_zero(level):
     assert logprob.tolist() == [0.0, -200.0] and entropy.tolist() == [0.0, 0.0]
 
 
-def test_a_row_does_not_depend_on_the_batch():
+@IN_HALF
+def test_a_row_does_not_depend_on_the_batch(dtype):
     """The same bits alone, among 150 rows and on a second run; a target outside of the vocabulary is NaN in its row only."""
-    hidden, weight, targets = logprob_case(150, 24, 333, HALF)
+    hidden, weight, targets = logprob_case(150, 24, 333, dtype)
     many = token_logprobs(hidden, weight, targets, 0.8)
     for rows in (slice(0, 150), slice(149, 150), slice(60, 70)):
         few = token_logprobs(hidden[rows], weight, targets[rows], 0.8)
@@ -196,7 +208,8 @@ def test_frozen_tied_and_sliced_arguments(monkeypatch):
     hidden, weight, targets = logprob_case(20, 16, 700)
     wide = torch.cat([hidden, hidden], 1)
     h, w = wide[:, 16:].requires_grad_(), weight.clone().requires_grad_()
-    loss = lambda h, w, f=token_logprobs: (f(h, w, targets, 1.0)[0] * randn(20, seed=3)).sum()
+    strided = torch.stack([targets, targets * 0], 1)[:, 0]
+    loss = lambda h, w, f=token_logprobs: (f(h, w, strided, 1.0)[0] * randn(20, seed=3)).sum()
     both = torch.autograd.grad(loss(h, w), (h, w))
     monkeypatch.setattr(importlib.import_module("kernels.logprob"), "WORKSPACE", 20 * 4 * 256)  # three chunks of 256 tokens
     torch.testing.assert_close(torch.autograd.grad(loss(h, w.detach()), h)[0], both[0], atol=1e-6, rtol=1e-6)
@@ -206,16 +219,7 @@ def test_frozen_tied_and_sliced_arguments(monkeypatch):
     assert_near(tied[0], tied[1], FULL)
 
 
-def test_backward_twice():
-    """The same gradient a second time: nothing is used up."""
-    hidden, weight, targets = logprob_case(10, 16, 97)
-    leaf = hidden.requires_grad_()
-    loss = token_logprobs(leaf, weight, targets, 1.0)[0].sum()
-    assert torch.equal(*(torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)))
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(FULL, 2e-5), (HALF, 1e-2)])  # one pass keeps its logits in fp16: 2^-11 of |z|
-def test_one_pass_equals_two(dtype, tolerance, monkeypatch):
+def test_one_pass_equals_two(dtype, monkeypatch):
     """token_loss, in parts of 64 rows: loss, log p and entropy, and the gradients of twice the loss."""
     monkeypatch.setattr(importlib.import_module("kernels.logprob"), "ONE_PASS_ROWS", 64)
     hidden, weight, targets = logprob_case(150, 24, 333, dtype)
@@ -224,11 +228,12 @@ def test_one_pass_equals_two(dtype, tolerance, monkeypatch):
     parts = [slice(i, i + 64) for i in (0, 64, 128)]
     sum_of = lambda logprob, entropy: sum(loss_of(logprob[rows], entropy[rows], rows) for rows in parts)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    loss, logprob, entropy = token_loss(*leaves, targets, 0.8, loss_of)
+    loss, logprob, entropy = token_loss(*leaves, torch.stack([targets, targets * 0], 1)[:, 0], 0.8, loss_of)
     exact_leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     exact = exact_logprobs(*exact_leaves, targets, 0.8)
     for a, b in ((loss, sum_of(*exact)), (logprob, exact[0]), (entropy, exact[1])):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+    tolerance = 2e-5 if dtype == FULL else 1e-2  # one pass keeps its logits in fp16: 2^-11 of |z|
     for a, b in zip(torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * sum_of(*exact), exact_leaves), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=float(tolerance * b.abs().max()))
     frozen = token_loss(hidden, weight.clone().requires_grad_(), targets, 0.8, loss_of)[0]
@@ -252,6 +257,44 @@ def test_the_operators_are_well_registered():
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
+def score(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, starts: Tensor, longest: int, targets: Tensor) -> Tensor:
+    """A model of one layer that uses both operators."""
+    logprob, entropy = token_logprobs(attention(q, k, v, starts, longest).flatten(1), weight, targets, 1.0)
+    return (logprob * targets + entropy).sum()
+
+
+def score_case(lengths) -> tuple[list[Tensor], tuple]:
+    (q, k, v), starts, _ = pack(lengths, 2, 1, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v, randn(50, 32, seed=5))]
+    return leaves, (starts, max(lengths), torch.arange(sum(lengths)))
+
+
+def test_backward_twice():
+    """The same bits a second time: nothing is used up, written over or left to chance."""
+    leaves, rest = score_case((7, 5))
+    loss = score(*leaves, *rest)
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_activation_checkpointing():
+    """Forward computed once more in backward: the same bits."""
+    leaves, rest = score_case((7, 5))
+    plain = torch.autograd.grad(score(*leaves, *rest), leaves)
+    saved = torch.autograd.grad(checkpoint(score, *leaves, *rest, use_reentrant=False), leaves)
+    assert all(map(torch.equal, plain, saved))
+
+
+def test_compile_without_a_graph_break():
+    """torch.compile sees through both operators, forward and backward, at several sizes."""
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    for lengths in ((7, 5), (3, 0, 9)):
+        leaves, rest = score_case(lengths)
+        eager, traced = (torch.autograd.grad(f(*leaves, *rest), leaves) for f in (score, compiled))
+        for a, b in zip(eager, traced, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 # --- decoding ---
 
 
@@ -273,7 +316,7 @@ def branch_case(limits: list[list[int]], L: int, t: int, K: int, G: int, D: int,
     return (q, *prefix, unseen, group, place, *own), exact
 
 
-@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"], indirect=True)  # one set of tiles for all devices
 @pytest.mark.parametrize("limits, L, t, K, G, D", [
     ([[9], [4], [1]], 9, 1, 2, 2, 16), ([[150, 5, 70], [0, 64]], 150, 70, 2, 3, 16), ([[63, 65, 1, 130]], 130, 1, 1, 6, 40),
     ([[0, 0], [0]], 3, 65, 1, 1, 64), ([[20] * 13], 20, 2, 1, 7, 32), ([[33]], 40, 5, 1, 2, 256),
@@ -285,6 +328,20 @@ def test_branch_attention_is_attention_over_what_a_row_sees(limits, L, t, K, G, 
     assert_near(branch_attention(*arguments), exact, dtype)
 
 
+def test_decoding_takes_views_and_writes_to_none():
+    """Strided indices and masks, queries and caches in other orders: the same bits, twice; inputs stay as they were."""
+    arguments, _ = branch_case([[20, 5, 7], [9, 13]], 20, 4, 2, 3, 16, HALF)
+    before = [x.clone() for x in arguments]
+    spread = lambda x: torch.stack([x, x], -1)[..., 0]  # every second element of something larger
+    swapped = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # tokens outside of heads
+    q, prefix_k, prefix_v, unseen, group, place, own_k, own_v = arguments
+    views = (spread(q), swapped(prefix_k), swapped(prefix_v), spread(unseen), spread(group), spread(place), swapped(own_k),
+             swapped(own_v))
+    expected = branch_attention(*arguments)
+    assert torch.equal(expected, branch_attention(*arguments)) and torch.equal(expected, branch_attention(*views))
+    assert all(map(torch.equal, before, arguments))
+
+
 def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
     """A row alone gives the bits that it gives among others, whether others make the padded prefix longer or not."""
     monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
@@ -292,5 +349,6 @@ def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
     together = branch_attention(q, k, v, unseen, group, place, own_k, own_v)
     r = int(group[0, 2])
     zero, one = torch.zeros(1, dtype=torch.int64), slice(r, r + 1)
-    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero, own_k[one], own_v[one])
+    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero, own_k[one],
+                             own_v[one])
     assert torch.equal(together[r], alone[0])
