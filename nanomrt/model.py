@@ -88,17 +88,17 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (N,1,D) of each position's angles; pair i of D/2 turns by position · theta^(-2i/D)."""
+    """(cos, cos) and (-sin, sin) (N,1,D) of each position's angles; pair i of D/2 turns by position · theta^(-2i/D)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
-    angle = position_ids[:, None].float() * frequency  # (N,D/2)
-    angle = torch.cat([angle, angle], dim=-1)[:, None]  # (N,1,D)
-    return angle.cos(), angle.sin()
+    angle = position_ids[:, None, None].float() * frequency  # (N,1,D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) of x (N,·,D) by its angle; in fp32, returned in x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    x32 = x.float()
+    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
