@@ -37,15 +37,16 @@ CHUNK = 512  # entries; fixed, or a row's bits would depend on the batch
 
 
 @triton.jit(do_not_specialize=["M", "L", "R", "first_part"])
-def chunk_kernel(q, k, v, unseen, group, place, part_out, part_lse, stride_s, stride_k, stride_l, M, L, R, first_part, scale,
-                 G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, BR: tl.constexpr,
-                 BN: tl.constexpr):
+def chunk_kernel(q, k, v, unseen, group, place, length, part_out, part_lse, stride_s, stride_k, stride_l, M, L, R, first_part,
+                 scale, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+                 BR: tl.constexpr, BN: tl.constexpr):
     """(1) and (2) of one chunk of a segment's key/value head, for BR of its (branch, head) pairs."""
     segment, shared, chunk = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     pair, d = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, BD)
     branch, head, real = segment * M + pair // G, shared * G + pair % G, pair // G < M
     if group is None:
         row = branch  # a suffix: its segment's only branch
+        L = tl.load(length + segment).to(tl.int32)  # at least 1; a chunk behind it has nothing to read and weight 0
     else:
         row = tl.load(group + branch, mask=real, other=0).to(tl.int32)
         real &= tl.load(place + row) == branch  # a place without a branch names some row, too
@@ -68,6 +69,7 @@ def chunk_kernel(q, k, v, unseen, group, place, part_out, part_lse, stride_s, st
         tile_v = tl.load(v + where, mask=inside, other=0.0)
         o = tl.dot(p.to(tile_v.dtype), tile_v, o * shrink[:, None], input_precision="ieee")
         m = m_new
+    l = tl.maximum(l, 1e-30)  # nothing was read
     part = ((first_part + chunk).to(tl.int64) * R + row) * (K * G) + head
     tl.store(part_lse + part, m + tl.log2(l), mask=real)  # (1)
     tl.store(part_out + part[:, None] * D + d[None, :], o / l[:, None], mask=real[:, None] & (d < D)[None, :])  # (2)
@@ -110,10 +112,11 @@ def tile_of(q: Tensor, shared: bool) -> Tile:
 
 
 def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
-                     suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
+                     suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
     """One new token per row against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D); no gradient.
 
-    prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D): see `reference`.
+    prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D), length (R,): see
+    `reference`.
     A value lies as its key does, its D numbers side by side.
     """
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
@@ -125,11 +128,11 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     if prefix_parts:
         tile = tile_of(q, shared=True)
         chunk_kernel[S * K, prefix_parts, triton.cdiv(M * H // K, tile.BR)](
-            q, prefix_k, prefix_v, unseen.contiguous(), group.contiguous(), place.contiguous(), part_out, part_lse,
+            q, prefix_k, prefix_v, unseen.contiguous(), group.contiguous(), place.contiguous(), None, part_out, part_lse,
             *prefix_k.stride()[:3], M, L, R, 0, **constants, **tile._asdict())
     tile = tile_of(q, shared=False)
     chunk_kernel[R * K, suffix_parts, triton.cdiv(H // K, tile.BR)](
-        q, suffix_k, suffix_v, None, None, None, part_out, part_lse, *suffix_k.stride()[:3], 1, t, R, prefix_parts,
+        q, suffix_k, suffix_v, None, None, None, length, part_out, part_lse, *suffix_k.stride()[:3], 1, t, R, prefix_parts,
         **constants, **tile._asdict())
     merge_kernel[R, H](part_out, part_lse, out, prefix_parts + suffix_parts, D=D, BD=BD, num_warps=1)
     return out

@@ -24,14 +24,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 
 def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
-                     suffix_k: Tensor, suffix_v: Tensor) -> Tensor:
+                     suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
     """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
 
     prefix_k, prefix_v (S,K,L,D): cached segments, all of it finite; unseen (S,M,L) fp32: -1e30 where the m-th branch of
     a segment does not see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a
-    row's index in the flattened group; suffix_k, suffix_v (R,K,t,D): the branch's own tokens, this one included.
+    row's index in the flattened group; suffix_k, suffix_v (R,K,t,D), all of it finite: the branch's own tokens, of which
+    length (R,) >= 1 count, this one included.
     """
-    (R, H, D), (S, K, L, _), M = q.shape, prefix_k.shape, group.shape[1]
+    (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     q = (q * D**-0.5).view(R, K, H // K, D)
     # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
     together = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D)
@@ -39,7 +40,8 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
     out = (p.view(S, K, -1, L).to(q.dtype) @ prefix_v).view(S, K, M, -1, D)
     lse, out = (x.transpose(1, 2).flatten(0, 1)[place] for x in (lse, out))  # (R,K,G,·)
-    own_p, own_lse = _softmax_and_lse(q @ suffix_k.mT)  # (R,K,G,t), (R,K,G,1)
+    beyond = torch.where(torch.arange(t, device=q.device) < length[:, None], 0.0, -1e30)  # (R,t)
+    own_p, own_lse = _softmax_and_lse((q @ suffix_k.mT).add_(beyond[:, None, None]))  # (R,K,G,t), (R,K,G,1)
     share = torch.sigmoid(lse - own_lse).to(q.dtype)  # the prefix's part of the whole softmax; 0 where none of it is seen
     return torch.lerp(own_p.to(q.dtype) @ suffix_v, out, share).reshape(R, H, D)
 

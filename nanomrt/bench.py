@@ -66,8 +66,9 @@ def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
 
 def ours(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
     """Prefill and `NEW` sampled tokens per row; no token stops."""
-    branches = Branches.of(range(len(prompts)), [len(p) - 1 for p in prompts], [[p[-1]] for p in prompts], model.head.device)
-    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()), torch.Generator().manual_seed(2))
+    branches = Branches.of(range(len(prompts)), [len(p) - 1 for p in prompts], [[p[-1]] for p in prompts], model.head.device,
+                           torch.Generator().manual_seed(2))
+    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()))
 
 
 @torch.no_grad()

@@ -98,6 +98,7 @@ class RunConfig:
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
+    decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")

@@ -110,25 +110,32 @@ def traces_with_V(model, task, problems, config, generator) -> Gathered:
 
 def prefix_form(model, task, problems, config, generator) -> Gathered:
     """MRT's prefix form: each row cuts its problem's trace after a random number of episodes; from there, half of a group is
-    forced to answer now and half goes on, and progress is what the first new episode changed."""
+    forced to answer now and half goes on, and progress is what the first new episode changed. With decision_in_loss the forced
+    `</think>` is learned like the other half's decision to go on; what was forced after it never is."""
     G, base = config.group_size, roll_out(model, task, problems, 1, training_sampling(task, config), generator)
     owner = [i for i in range(len(problems)) for _ in range(G)]
-    pick = torch.rand(len(owner), generator=generator).tolist()
-    cut = []
+    pick, cut = torch.rand(len(owner), generator=generator).tolist(), []
     for i, share in zip(owner, pick):
         places = [0, *task.episode_ends(base.response(i))[:-1]]  # 0 … T-1 episodes stay
         cut.append(base.prompt_length[i] + places[int(share * len(places))])
-    forced = [task.forced_stop if r % G < G // 2 else [] for r in range(len(owner))]
-    rollouts = continue_from(model, task, [problems[i] for i in owner], base.samples.segments(), owner,
-                             [base.tokens[i][:c] for i, c in zip(owner, cut)], forced, owner, training_sampling(task, config),
-                             generator)
+    stops = [r % G < G // 2 for r in range(len(owner))]
+    # A row that stops is given its context's last token once more: so the log-prob of what was forced is known.
+    contexts = [base.tokens[i][: c - stop] for i, c, stop in zip(owner, cut, stops)]
+    forced = [[base.tokens[i][c - 1], *task.forced_stop] if stop else [] for i, c, stop in zip(owner, cut, stops)]
+    rollouts = continue_from(model, task, [problems[i] for i in owner], base.samples.segments(), owner, contexts, forced, owner,
+                             training_sampling(task, config), generator)
+    tokens = base.samples.generated + rollouts.samples.generated
+    if config.decision_in_loss:
+        decided = torch.zeros_like(rollouts.samples.is_action)
+        decided[:, 1] = torch.tensor(stops, device=decided.device)
+        rollouts = replace(rollouts, samples=replace(rollouts.samples, is_action=rollouts.samples.is_action | decided))
     row, position = [], []
     for r, start in enumerate(rollouts.prompt_length):
         new = [start + end for end in task.episode_ends(rollouts.response(r)) if start + end > cut[r]]
-        if new and not forced[r]:
+        if new and not stops[r]:
             row += [r, r]
             position += [cut[r], new[0]]
-    gathered = Gathered(rollouts, rollouts.batch(), None, base.samples.generated + rollouts.samples.generated)
+    gathered = Gathered(rollouts, rollouts.batch(), None, tokens)
     return gathered if config.alpha == 0 else measured(gathered, row, position, stopping(model, task, config, generator))
 
 

@@ -4,7 +4,7 @@ This is where problems, tokens and verdicts meet; `mrt.py` only ever sees the te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Rollouts:
             real = step < samples.lengths[:, None]  # (B,T)
             where = ((lengths.cumsum(0) - samples.lengths)[:, None] + step)[real]  # the samples' place on the flat axis
             spread = lambda x: torch.zeros(int(lengths.sum()), dtype=x.dtype, device=device).index_copy(0, where, x[real])
-            is_action, logprob, finished = spread(samples.is_action), spread(samples.logprobs), samples.stopped
+            is_action, finished = spread(samples.is_action), samples.stopped
+            logprob = spread(samples.logprobs.where(samples.is_action, 0.0))
         else:
             is_action = torch.tensor([t >= n for row, n in zip(self.tokens, self.prompt_length) for t in range(len(row))],
                                      device=device)
@@ -50,14 +51,14 @@ class Rollouts:
 
 
 def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Sequence[Sequence[int]],
-           forced: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None) -> Samples:
+           forced: Sequence[Sequence[int]], sampling: Sampling, generator: torch.Generator | None, keep: bool = True) -> Samples:
     """Sample after contexts[r] + forced[r], reusing the cache of segment[r], which must begin with contexts[r].
 
     A row without forced tokens is given its context's last token once more: something has to produce the first logits.
     """
     starts = [len(context) - (not given) for context, given in zip(contexts, forced)]
     given = [list(given) or [context[-1]] for context, given in zip(contexts, forced)]
-    return generate(model, prefix, Branches.of(segment, starts, given, model.head.device), sampling, generator)
+    return generate(model, prefix, Branches.of(segment, starts, given, model.head.device, generator), sampling, keep=keep)
 
 
 def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
@@ -126,15 +127,13 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
     rows = [r for r in asked.values() for _ in range(forks)]
+    if not forced:  # training would have cut the whole trace off
+        room = [sampling.max_new_tokens - len(c) + rollouts.prompt_length[r] for c, r in asked.items() for _ in range(forks)]
+        sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.head.device).clamp(min=1))
     samples = branch(model, rollouts.samples.segments(), rows, [context for context in asked for _ in range(forks)],
-                     [forced] * len(rows), sampling, generator)
+                     [forced] * len(rows), sampling, generator, keep=False)
     answers = samples.rows()
-    verdicts = grade(task, [rollouts.problems[r] for r in rows], answers)
-    if not forced:  # training would have cut the whole trace off before an answer that comes too late
-        begun = [len(context) - rollouts.prompt_length[r] for context, r in asked.items() for _ in range(forks)]
-        verdicts = [verdict * (n + drawn <= sampling.max_new_tokens)
-                    for verdict, n, drawn in zip(verdicts, begun, samples.is_action.sum(1).tolist())]
-    graded = list(zip(answers, verdicts))
+    graded = list(zip(answers, grade(task, [rollouts.problems[r] for r in rows], answers)))
     own = {context: graded[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
     branches = [own[context] for context in contexts]
     J = [sum(verdict for _, verdict in some) / forks for some in branches]

@@ -1,17 +1,21 @@
 """Sampling with a cache: every row is a branch of a shared prefix.
 
     prefill      prompts               -> Segments   (keys and values of whole sequences, one segment each)
-    generate     segments + branches   -> Samples    (each branch: a segment, a position in it, some forced tokens)
-    Samples.segments()                 -> Segments   (prefix and new tokens joined, ready to be branched again)
+    generate     segments + branches   -> Samples    (each branch: a segment, a position in it, some forced tokens, a seed)
+    Samples.segments                   -> Segments   (prefix and new tokens joined, ready to be branched again)
 
 A rollout branches from its prompt, a forced stop from its trace, a continuation from a cut: one function serves all three
-and no prefix is computed twice. A branch reads its segment up to its position and keeps a suffix of its own. Prefixes are
-ragged, but all suffixes of a call have the same length at each step, so there is no padding and no per-row mask there.
-Rows that finish leave: the live ones are swapped to the front and the step shrinks with them.
+and no prefix is computed twice. A branch reads its segment up to its position and keeps a suffix of its own. At most
+`max_rows` branches are sampled at a time: a slot whose row has finished is taken by a waiting row, and once nobody waits the
+step shrinks with the rows that are left.
 
-The distribution sampled from is the one the loss scores: softmax(logits / temperature) and nothing else. top-k and top-p
-exist for `sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
-Dimension key: S segments, R branches, L cached prefix tokens, T suffix tokens, K key/value heads, D head dim, V vocabulary.
+Row r's t-th token is drawn with a number that is a hash of (seed[r], t), so what it says depends neither on its neighbours
+nor on when it got its slot. The distribution is the one the loss scores: softmax(logits / temperature) and nothing else. top-k
+and top-p exist for `sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
+
+Left out: paged caches (a segment is contiguous) and prompts split between two forward passes.
+Dimension key: S segments, R branches, n slots, L cached prefix tokens, T suffix tokens, K key/value heads, D head dim,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,9 +25,13 @@ import torch
 from torch import Tensor
 
 import kernels
-from nanomrt.model import Llama, Packed, mixed_precision
+from nanomrt.model import Llama, Packed, compute_dtype, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
+SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
+CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
+CPU_BYTES = 8 * 2**30  # what the caches of one call may take on a CPU, which does not say what is free
 
 
 @dataclass(frozen=True)
@@ -42,20 +50,24 @@ class Branches:
     segment: Tensor  # (R,) int64
     position: Tensor  # (R,) int64, also the position of the first forced token
     forced: Tensor  # (R,F) int64, F >= 1, padded with -1 on the right; at least one token per row starts the sampling
+    seed: Tensor  # (R,) int64, of the row's random numbers; two rows with one seed draw the same ones
 
     @classmethod
-    def of(cls, segment: Sequence[int], position: Sequence[int], forced: Sequence[Sequence[int]], device) -> "Branches":
-        width = max(map(len, forced))
+    def of(cls, segment: Sequence[int], position: Sequence[int], forced: Sequence[Sequence[int]], device,
+           generator: torch.Generator | None = None) -> "Branches":
+        """Seeds are drawn from `generator`; without one all are 0, which is enough for greedy sampling."""
+        width, R = max(map(len, forced)), len(forced)
         padded = [[*row, *[-1] * (width - len(row))] for row in forced]
-        return cls(*(torch.tensor(x, dtype=torch.int64, device=device) for x in (segment, position, padded)))
+        seed = torch.randint(2**63 - 1, (R,), generator=generator) if generator else torch.zeros(R, dtype=torch.int64)
+        return cls(*(torch.as_tensor(x, dtype=torch.int64, device=device) for x in (segment, position, padded, seed)))
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy."""
 
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
+    max_new_tokens: int | Tensor  # a Tensor (R,) gives each row its own budget
+    stop: tuple[int | tuple[int, ...], ...]  # ids, or sequences of ids, that end a row which says them
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -68,12 +80,11 @@ class Samples:
 
     tokens: Tensor  # (R,T) int64: forced tokens, then the sampled ones, then 0
     is_action: Tensor  # (R,T) bool: sampled by the policy
-    logprobs: Tensor  # (R,T) fp32: log-probability of each action, 0 elsewhere
+    logprobs: Tensor  # (R,T) fp32: log-probability of each token but the first, whose logits are not computed; 0 elsewhere
     lengths: Tensor  # (R,) int64: tokens that count in each row, forced ones included
-    stopped: Tensor  # (R,) bool: ended with a stop token; otherwise cut off at max_new_tokens
-    prefix: Segments
+    stopped: Tensor  # (R,) bool: ended with a stop token or sequence; otherwise cut off at max_new_tokens
     branches: Branches
-    cache: "BranchCache"
+    contexts: Segments | None  # R segments: what each row saw of its prefix, then its own tokens; None if not kept
 
     @property
     def generated(self) -> int:
@@ -84,165 +95,278 @@ class Samples:
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
 
     def segments(self) -> Segments:
-        """Each row's whole context as one segment: what it saw of its prefix, then its own tokens."""
-        segment, start = self.branches.segment, self.branches.position[:, None]  # (R,), (R,1)
-        T, slot = self.cache.length, self.cache.slot_of_row()
-        known = (self.lengths - self.stopped.long())[:, None]  # (R,1) a stop token was never fed: it has no entry
-        step = torch.arange(T, device=start.device)  # (T,)
-        seen = self.prefix.positions[segment]  # (R,L)
-        return Segments(
-            torch.cat([self.prefix.keys[:, segment], self.cache.keys[:, slot, :, :T]], dim=3),
-            torch.cat([self.prefix.values[:, segment], self.cache.values[:, slot, :, :T]], dim=3),
-            torch.cat([seen.masked_fill(seen >= start, EMPTY),
-                       (start + step).masked_fill(step >= known, EMPTY)], dim=1))
-
-
-class BranchCache:
-    """The suffixes' keys and values, and the `Attend` of a decoding step.
-
-    Slots 0 … live-1 hold the rows that still sample. `row` names the row in each slot; `keep` swaps rows, so that nothing
-    is copied for the rows that stay and the finished rows' suffixes survive for later branches.
-    """
-
-    def __init__(self, prefix: Segments, branches: Branches, capacity: int):
-        layers, _, K, _, D = prefix.keys.shape
-        R, device = len(branches.segment), prefix.keys.device
-        self.prefix, self.branches = prefix, branches
-        self.keys = prefix.keys.new_zeros(layers, R, K, capacity, D)
-        self.values = torch.zeros_like(self.keys)
-        self.row = torch.arange(R, device=device)  # (R,) the row in each slot
-        self.live, self.length = R, 0
-        self._share()
-
-    def slot_of_row(self) -> Tensor:
-        return self.row.argsort()  # the inverse of a permutation
-
-    def keep(self, active: Tensor) -> None:
-        """Go on with the slots where `active` (live,) is true; they move to the front."""
-        count = int(active.sum())
-        holes, movers = (~active[:count]).nonzero().squeeze(1), active[count:].nonzero().squeeze(1) + count
-        for tensor in (self.keys[:, :, :, : self.length], self.values[:, :, :, : self.length], self.row[None]):
-            a, b = tensor[:, holes], tensor[:, movers]  # copies
-            tensor[:, holes], tensor[:, movers] = b, a
-        self.live = count
-        self._share()
-
-    def _share(self) -> None:
-        """Group the live rows by segment, so that each segment is read once for all of its branches."""
-        row = self.row[: self.live]
-        segment, position = self.branches.segment[row], self.branches.position[row]  # (R,)
-        used, segment, size = segment.unique(return_inverse=True, return_counts=True)
-        order = segment.argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[segment[order]]
-        M = int(size.max()) if len(row) else 0
-        self.place = segment * M + rank  # (R,)
-        self.group = torch.zeros(len(used) * M, dtype=torch.int64, device=row.device)
-        self.group[self.place] = torch.arange(len(row), device=row.device)
-        self.group = self.group.view(len(used), M)  # (S,M) live rows of each used segment; unused places name row 0
-        limit = torch.zeros_like(self.group.flatten())
-        limit[self.place] = position
-        seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
-        self.unseen = torch.where(seen, 0.0, -1e30)
-        whole = len(used) == len(self.prefix.positions)  # then nothing has to be copied
-        self.shared_keys = self.prefix.keys if whole else self.prefix.keys[:, used]
-        self.shared_values = self.prefix.values if whole else self.prefix.values[:, used]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n, t = self.live, self.length
-        self.keys[layer, :n, :, t], self.values[layer, :n, :, t] = k, v
-        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
-                                        self.place, self.keys[layer, :n, :, : t + 1], self.values[layer, :n, :, : t + 1])
+        """Each row's whole context as one segment, but for a stop token that ended it: that was never fed."""
+        if self.contexts is None:
+            raise ValueError("these rows can't be branched: they were generated with keep=False")
+        return self.contexts
 
 
 class Recorder:
-    """`Packed` attention that keeps each layer's keys and values (N,K,D)."""
+    """`Packed` attention that writes each layer's keys and values (N,K,D) to their places (sequence, step) of a cache."""
 
-    def __init__(self, packed: Packed):
-        self.packed, self.keys, self.values = packed, [], []
+    def __init__(self, packed: Packed, keys: Tensor, values: Tensor, place: tuple[Tensor, Tensor]):
+        self.packed, self.keys, self.values, self.place = packed, keys, values, place
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache[layer].transpose(1, 2)[self.place] = new  # (S,L,K,D) at N places
         return self.packed(layer, q, k, v)
 
 
 @torch.no_grad()
-def prefill(model: Llama, prompts: Sequence[Sequence[int]]) -> Segments:
-    """Cache S token sequences in one packed forward pass."""
-    device = model.head.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (S,)
-    packed = Packed.of(lengths)
-    step = torch.arange(packed.max_seqlen, device=device)  # (L,)
-    inside = step < lengths[:, None]  # (S,L)
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)  # (N,)
-    attend = Recorder(packed)
-    model(tokens, packed.position_ids, attend)
-    spread = torch.zeros(inside.shape, dtype=torch.int64, device=device)
-    spread[inside] = torch.arange(len(tokens), device=device)  # (S,L) where each entry lies on the flat axis
-    keys, values = (torch.stack([x[spread].transpose(1, 2) for x in kept]) for kept in (attend.keys, attend.values))
+def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32768) -> Segments:
+    """Cache S token sequences in packed forward passes of at most `max_tokens` (or of one prompt that is longer)."""
+    device, lengths = model.head.device, [len(prompt) for prompt in prompts]
+    step = torch.arange(max(*lengths, SHORTEST), device=device)  # (L,)
+    inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
+    keys, values = (new_cache(model, len(prompts), len(step)) for _ in range(2))
+    first = 0
+    while first < len(prompts):
+        last, total = first + 1, lengths[first]
+        while last < len(prompts) and total + lengths[last] <= max_tokens:
+            last, total = last + 1, total + lengths[last]
+        packed = Packed.of(torch.tensor(lengths[first:last], device=device))
+        tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=device)  # (N,)
+        place = inside[first:last].nonzero(as_tuple=True)  # (N,), (N,)
+        model(tokens, packed.position_ids, Recorder(packed, keys[:, first:last], values[:, first:last], place))
+        first = last
     return Segments(keys, values, step.expand_as(inside).masked_fill(~inside, EMPTY))
 
 
+def new_cache(model: Llama, rows: int, length: int) -> Tensor:
+    """Zeros (layers,rows,K,length,D): entries that hold nothing are read, too, with weight 0."""
+    config, device = model.config, model.head.device
+    return torch.zeros(config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim,
+                       dtype=compute_dtype(device), device=device)
+
+
+def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
+    """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
+    config, device = model.config, model.head.device
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prefix.keys.element_size()  # bytes
+    free = CPU_BYTES
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, in PyTorch's hands
+        free = int(0.8 * (torch.cuda.mem_get_info(device)[0] + held))  # a fifth for activations and the prefixes in use
+    kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
+    fitting = (free - kept) // (T * token)
+    if fitting < 1:
+        raise ValueError(f"a cache of {T} new tokens takes {T * token / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
+                         f"but {free / 1e9:.2f} GB are free: sample fewer rows at a time or lower the budget of new tokens")
+    return min(fitting, R)
+
+
+class Slots:
+    """The n rows that are sampled now: the cache of their suffixes, and the `Attend` of a decoding step.
+
+    A finished row's slot goes to the next row that waits; when none does, the last slot's row moves up into it.
+    """
+
+    def __init__(self, model: Llama, prefix: Segments, branches: Branches, T: int, max_rows: int, keep: bool):
+        self.prefix, self.branches, self.T = prefix, branches, T
+        S, segment = len(prefix.positions), branches.segment
+        # Rows of one segment side by side, and those first that see most: what is long shouldn't come last.
+        reach = torch.zeros(S, dtype=torch.int64, device=segment.device).scatter_reduce(0, segment, branches.position, "amax")
+        order = (reach[segment] * S + segment).argsort(descending=True, stable=True)  # (R,)
+        self.row, self.waiting = order[:max_rows], order[max_rows:]  # (n,) the row in each slot
+        self.keys, self.values = (new_cache(model, len(self.row), max(T, SHORTEST)) for _ in range(2))
+        self.contexts = None
+        if keep:
+            self.contexts = tuple(new_cache(model, len(segment), prefix.positions.shape[1] + T) for _ in range(2))
+            for whole, cache in zip(self.contexts, (prefix.keys, prefix.values)):
+                whole[:, :, :, : cache.shape[3]] = cache[:, segment]
+        self.longest = 0  # no suffix is longer
+        self._share()
+
+    def feed(self, length: Tensor) -> "Slots":
+        """Each row's next token goes to length (n,) in its suffix."""
+        self.length, self.longest = length, min(self.longest + 1, self.T)
+        _, n, K, capacity, _ = self.keys.shape
+        self.place_of_new = (torch.arange(n * K, device=length.device).view(n, K) * capacity + length[:, None]).flatten()
+        return self
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]  # (n,K,T,D)
+        for cache, new in ((keys, k), (values, v)):
+            cache.flatten(0, 2).index_copy_(0, self.place_of_new, new.flatten(0, 1))
+        t = max(self.longest, SHORTEST)
+        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
+                                        self.place, keys[:, :, :t], values[:, :, :t], self.length + 1)
+
+    def turn_over(self, rows: "Rows") -> None:
+        """Finished rows leave. Their slots go to rows that wait; of those that stay free, the last slots' rows take the first."""
+        finished = rows.finished[self.row]  # (n,)
+        count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
+        if 8 * count < n:
+            return  # moving rows costs more than an idle eighth
+        left = finished.nonzero().squeeze(1)
+        if self.contexts is not None:
+            self._keep(left)
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        n -= count - len(taken)
+        stays = ~finished
+        stays[left[: len(taken)]] = True
+        self.row = self.row.index_copy(0, left[: len(taken)], taken)
+        holes, movers = (~stays[:n]).nonzero().squeeze(1), stays[n:].nonzero().squeeze(1) + n
+        self.row[holes] = self.row[movers]
+        for cache in (self.keys[:, :, :, : self.longest], self.values[:, :, :, : self.longest]):
+            cache[:, holes] = cache[:, movers]
+        self.row, self.keys, self.values = self.row[:n], self.keys[:, :n], self.values[:, :n]
+        if n:
+            self.longest = int(rows.length[self.row].max())
+            self._share()
+
+    def _keep(self, slot: Tensor) -> None:
+        """Put the suffixes of these slots behind their prefixes."""
+        first = self.prefix.positions.shape[1]
+        for whole, cache in zip(self.contexts, (self.keys, self.values)):
+            whole[:, self.row[slot], :, first : first + self.longest] = cache[:, slot, :, : self.longest]
+
+    def _share(self) -> None:
+        """Group the rows by segment, so that each segment is read once for all of its branches."""
+        segment, position = self.branches.segment[self.row], self.branches.position[self.row]  # (n,)
+        used, segment, size = segment.unique(return_inverse=True, return_counts=True)
+        order = segment.argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[segment[order]]
+        M = int(size.max())
+        self.place = segment * M + rank  # (n,)
+        self.group = torch.zeros(len(used) * M, dtype=torch.int64, device=order.device)
+        self.group[self.place] = torch.arange(len(order), device=order.device)
+        self.group = self.group.view(len(used), M)  # (S,M) rows of each used segment; unused places name row 0
+        limit = torch.zeros_like(self.group.flatten())
+        limit[self.place] = position
+        seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
+        L = max(int((seen.any(0).any(0) * torch.arange(1, seen.shape[2] + 1, device=seen.device)).max()), SHORTEST)
+        self.unseen = torch.where(seen[..., :L], 0.0, -1e30)
+        shared = (cache[..., :L, :] for cache in (self.prefix.keys, self.prefix.values))
+        if len(used) < len(self.prefix.positions):  # otherwise nothing has to be copied
+            shared = (cache[:, used] for cache in shared)
+        self.shared_keys, self.shared_values = shared  # (layers,S,K,L,D)
+
+
+@dataclass
+class Rows:
+    """All R rows while they are sampled. Rows that wait, sample and have ended differ only in `length` and `finished`."""
+
+    position: Tensor  # (R,) of the first forced token
+    given: Tensor  # (R,) forced tokens
+    ends: Tensor  # (R,) the length at which a row is cut off
+    uniform: Tensor  # (R,T+1) the random number that each token is drawn with
+    tokens: Tensor  # (R,T+1) forced, then drawn; the last column is where a full row writes nothing
+    logprobs: Tensor  # (R,T+1)
+    length: Tensor  # (R,) tokens that are cached; those of a row that has ended with a stop are one more
+    finished: Tensor  # (R,) bool
+    stopped: Tensor  # (R,) bool
+
+    @classmethod
+    def of(cls, branches: Branches, sampling: Sampling) -> "Rows":
+        (R, F), device = branches.forced.shape, branches.forced.device
+        given = (branches.forced >= 0).sum(1)
+        ends = given + sampling.max_new_tokens
+        step = torch.arange(int(ends.max()) + 1, device=device)  # (T+1,)
+        tokens = torch.zeros(R, len(step), dtype=torch.int64, device=device)
+        tokens[:, : F] = branches.forced[:, : len(step)].clamp(min=0)
+        nothing = torch.zeros(R, dtype=torch.bool, device=device)
+        return cls(branches.position, given, ends, random_numbers(branches.seed[:, None], step), tokens,
+                   torch.zeros(tokens.shape, device=device), torch.zeros_like(given), nothing, nothing.clone())
+
+    def samples(self, branches: Branches, prefix: Segments, contexts: tuple[Tensor, Tensor] | None) -> Samples:
+        lengths = self.length + 1  # the last token was either a stop, which is not cached, or is counted by its index
+        step = torch.arange(self.tokens.shape[1] - 1, device=lengths.device)  # (T,)
+        is_action = (step >= self.given[:, None]) & (step < lengths[:, None])
+        segments = None
+        if contexts:
+            start, cached = self.position[:, None], (lengths - self.stopped.long())[:, None]  # (R,1)
+            seen = prefix.positions[branches.segment]  # (R,L)
+            segments = Segments(*contexts, torch.cat([seen.masked_fill(seen >= start, EMPTY),
+                                                      (start + step).masked_fill(step >= cached, EMPTY)], dim=1))
+        return Samples(self.tokens[:, :-1], is_action, self.logprobs[:, :-1], lengths, self.stopped, branches, segments)
+
+
+def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, sampling: Sampling) -> None:
+    """Feed one token of every slot's row and write down its next one. No line waits for the device or knows a row by name."""
+    row, at = slots.row, rows.length[slots.row]  # (n,)
+    hidden = model(rows.tokens[row, at], rows.position[row] + at, slots.feed(at))  # (n,C)
+    logp = distribution(kernels.logits(hidden, head), sampling)  # (n,V)
+    at = at + 1
+    forced, full = at < rows.given[row], at == rows.ends[row]
+    going = ~(rows.finished[row] | full)  # a finished row repeats its last step until its slot is taken
+    token = torch.where(forced, rows.tokens[row, at], draw(logp, rows.uniform[row, at], sampling))
+    rows.tokens[row, at] = token * going
+    rows.logprobs[row, at] = logp.gather(1, token[:, None]).squeeze(1).where(going, 0.0)
+    stopped = going & ends_with(stop, rows.tokens, row, at, rows.given[row])
+    rows.stopped[row] |= stopped
+    rows.finished[row] |= stopped | full
+    rows.length[row] += going
+
+
+def ends_with(stop: Tensor, tokens: Tensor, row: Tensor, at: Tensor, given: Tensor) -> Tensor:
+    """(n,) whether tokens[row] up to and with `at` end with a stop sequence (Q,W) of which no token was given."""
+    place = at[:, None] + torch.arange(1 - stop.shape[1], 1, device=at.device)  # (n,W)
+    last = torch.where(place >= given[:, None], tokens[row[:, None], place.clamp(min=0)], -2)  # (n,W)
+    return ((last[:, None] == stop) | (stop < 0)).all(2).any(1)  # (n,Q,W)
+
+
 @torch.no_grad()
-def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampling,
-             generator: torch.Generator | None = None) -> Samples:
-    """Sample every branch until a stop token or `max_new_tokens`. All randomness is drawn up front from `generator`
-    (one uniform number per row and step), so a row's sample does not depend on when the others finish."""
-    device, (R, F) = branches.segment.device, branches.forced.shape
-    T = F + sampling.max_new_tokens  # a row with f forced tokens ends at f + max_new_tokens <= T
-    furthest = int(branches.position.max()) + T
-    if furthest > model.config.max_position_embeddings:
-        raise ValueError(f"the context holds {model.config.max_position_embeddings} tokens, this needs {furthest}: "
+def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampling, max_rows: int | None = None,
+             keep: bool = True) -> Samples:
+    """Sample every branch until it says a stop or has drawn `max_new_tokens`.
+
+    max_rows: how many rows at a time; None is as many as memory holds. keep: whether the samples can be branched in turn.
+    """
+    rows, device, head = Rows.of(branches, sampling), prefix.keys.device, model.head
+    T, needed = rows.tokens.shape[1] - 1, int((rows.position + rows.ends).max())
+    if needed > model.config.max_position_embeddings:
+        raise ValueError(f"the context holds {model.config.max_position_embeddings} tokens, this needs {needed}: "
                          "lower the budget or raise max_position_embeddings")
-    uniform = torch.rand(T, R, generator=generator).to(device)
-    stop_ids = torch.tensor(sampling.stop_ids, device=device)
-    forced = (branches.forced >= 0).sum(1)  # (R,)
-    ends = forced + sampling.max_new_tokens  # (R,) the length at which a row is cut off
-    tokens = torch.zeros(R, T, dtype=torch.int64, device=device)
-    tokens[:, :F] = branches.forced.clamp(min=0)
-    logprobs = torch.zeros(R, T, device=device)
-    lengths = forced.clone()
-    stopped = torch.zeros(R, dtype=torch.bool, device=device)
-    cache, head = BranchCache(prefix, branches, T), model.head
-    active = torch.ones(R, dtype=torch.bool, device=device)  # (live,) of the slots, which still need a token
-
+    stops = [(ids,) if isinstance(ids, int) else ids for ids in sampling.stop]
+    width = max(map(len, stops), default=1)
+    stop = torch.tensor([(*[-1] * (width - len(ids)), *ids) for ids in stops], dtype=torch.int64, device=device).view(-1, width)
+    max_rows = min(max_rows or len(rows.ends), fitting_rows(model, prefix, len(rows.ends), T, keep))
+    slots = Slots(model, prefix, branches, T, max_rows, keep)
     with mixed_precision(device):
-        while cache.live:
-            t, row = cache.length, cache.row[: cache.live]
-            hidden = model(tokens[row, t], branches.position[row] + t, cache)  # (live,C)
-            cache.length += 1
-            if t + 1 == T:
-                break  # the rows that are left were cut off; their last token is cached now
-            free = active & (forced[row] <= t + 1) & (ends[row] > t + 1)  # slots that draw their next token now
-            drawn, logprob = draw(kernels.logits(hidden, head), uniform[t + 1, row], sampling)  # (live,), (live,)
-            if sampling.replace:
-                drawn = torch.where(drawn == sampling.replace[0], sampling.replace[1], drawn)
-            at = row[free]
-            tokens[at, t + 1], logprobs[at, t + 1] = drawn[free], logprob[free]
-            lengths[at] += 1
-            stop = free & torch.isin(drawn, stop_ids)
-            stopped[row[stop]] = True
-            active = active & ~stop & (ends[row] > t + 1)
-            if int(active.sum()) <= 0.875 * cache.live:  # moving rows costs more than an idle eighth
-                cache.keep(active)
-                active = active.new_ones(cache.live)
-
-    step = torch.arange(T, device=device)
-    is_action = (step >= forced[:, None]) & (step < lengths[:, None])
-    return Samples(tokens, is_action, logprobs, lengths, stopped, prefix, branches, cache)
+        while len(slots.row):
+            for _ in range(min(CHECK_EVERY[device.type], T)):
+                decode(model, head, rows, slots, stop, sampling)
+            slots.turn_over(rows)
+    return rows.samples(branches, prefix, slots.contexts)
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token per row by inverting the cumulative distribution. logits (R,V), uniform (R,) -> ids and log-probs (R,)."""
+def random_numbers(seed: Tensor, step: Tensor) -> Tensor:
+    """Uniform in [0, 1), a function of (seed, step) alone: the same bits on every device and in every batch. int64 -> fp32.
+
+    The mixer is splitmix64's; products wrap around, which is what int64 does.
+    """
+    def shifted(x: Tensor, bits: int) -> Tensor:
+        return (x >> bits) & (2 ** (64 - bits) - 1)  # without the sign that >> drags in
+
+    def mixed(x: Tensor) -> Tensor:
+        x = x + GOLDEN
+        x = (x ^ shifted(x, 30)) * -0x40A7B892E31B1A47
+        x = (x ^ shifted(x, 27)) * -0x6B2FB644ECCEEE15
+        return x ^ shifted(x, 31)
+
+    return shifted(mixed(mixed(seed) + step * GOLDEN), 40).float() * 2**-24
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The log-probabilities (R,V) that tokens are drawn from and recorded with. logits (R,V) fp32."""
     if sampling.temperature == 0:
-        logp = logits.float().log_softmax(dim=-1)  # (R,V)
+        return logits.log_softmax(dim=-1)
+    return truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
+
+
+def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row by inverting the cumulative distribution. logp (R,V), uniform (R,) -> ids (R,)."""
+    if sampling.temperature == 0:
         ids = logp.argmax(dim=-1)
     else:
-        logp = truncate(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
         cdf = logp.exp().cumsum(dim=-1)
         ids = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return ids, logp.gather(1, ids[:, None]).squeeze(1)
+    if sampling.replace:
+        ids = torch.where(ids == sampling.replace[0], sampling.replace[1], ids)
+    return ids
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

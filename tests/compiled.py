@@ -168,7 +168,7 @@ def test_odd_widths(launches, tmp_path):
 def decode(rows: int, cached: int, own: int, D: int, dtype: torch.dtype = HALF) -> None:
     q, prefix, suffix = (empty(*shape, D, dtype=dtype) for shape in ((rows, 12), (1, 2, cached), (rows, 2, own)))
     index, unseen = empty(rows, dtype=torch.int64), empty(1, rows, cached, dtype=torch.float32)
-    branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix)
+    branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix, index + own)
 
 
 @pytest.mark.parametrize("arch, dtype, D", [*((arch, HALF, D) for arch in SHARED for D in (128, 256)),

@@ -299,11 +299,13 @@ def test_compile_without_a_graph_break():
 
 
 def branch_case(limits: list[list[int]], L: int, t: int, K: int, G: int, D: int, dtype: torch.dtype):
-    """Branches that see the first limits[s][m] of L entries, rows in shuffled order; and what plain attention makes of it."""
+    """Branches that see the first limits[s][m] of L entries, rows in shuffled order, the first with t tokens of its own, the
+    others with fewer; and what plain attention makes of it."""
     S, M, R = len(limits), max(map(len, limits)), sum(map(len, limits))
     row = torch.randperm(R, generator=torch.Generator().manual_seed(0)).tolist()
     group, place, unseen = torch.zeros(S, M, dtype=torch.int64), torch.zeros(R, dtype=torch.int64), torch.full((S, M, L), -1e30)
     q, own = randn(R, K * G, D, dtype=dtype), [randn(R, K, t + 3, D, seed=i, dtype=dtype)[:, :, :t] for i in (1, 2)]
+    length = t - torch.arange(R) * 17 % t
     prefix, exact = [randn(S, K, L, D, seed=i, dtype=dtype) for i in (3, 4)], torch.zeros(R, K * G, D, dtype=torch.float64)
     for s, seen in enumerate(limits):
         prefix[0][s, :, max(seen) :], prefix[1][s, :, max(seen) :] = 100.0, 1e4  # nobody sees these
@@ -311,9 +313,10 @@ def branch_case(limits: list[list[int]], L: int, t: int, K: int, G: int, D: int,
             r = row.pop()
             group[s, m], place[r] = r, s * M + m
             unseen[s, m, :limit] = 0.0
-            keys, values = (torch.cat([a[s, :, :limit], b[r]], 1).double().repeat_interleave(G, 0) for a, b in zip(prefix, own))
+            keys, values = (torch.cat([a[s, :, :limit], b[r, :, : length[r]]], 1).double().repeat_interleave(G, 0)
+                            for a, b in zip(prefix, own))
             exact[r] = ((keys @ q[r].double()[:, :, None]).squeeze(-1) / D**0.5).softmax(-1)[:, None].matmul(values).squeeze(1)
-    return (q, *prefix, unseen, group, place, *own), exact
+    return (q, *prefix, unseen, group, place, *own, length), exact
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"], indirect=True)  # one set of tiles for all devices
@@ -343,12 +346,14 @@ def test_decoding_takes_views_and_writes_to_none():
 
 
 def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
-    """A row alone gives the bits that it gives among others, whether others make the padded prefix longer or not."""
+    """A row alone gives the bits that it gives among others, whether others make the padded prefix
+    or the suffixes longer or not."""
     monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
-    (q, k, v, unseen, group, place, own_k, own_v), _ = branch_case([[70, 20, 90], [150, 3]], 150, 4, 1, 3, 16, HALF)
-    together = branch_attention(q, k, v, unseen, group, place, own_k, own_v)
+    (q, k, v, unseen, group, place, own_k, own_v, length), _ = branch_case([[70, 20, 90], [150, 3]], 150, 70, 1, 3, 16, HALF)
+    together = branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
     r = int(group[0, 2])
     zero, one = torch.zeros(1, dtype=torch.int64), slice(r, r + 1)
-    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero, own_k[one],
-                             own_v[one])
+    t = int(length[r])
+    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero,
+                             own_k[one, :, :t], own_v[one, :, :t], length[one])
     assert torch.equal(together[r], alone[0])

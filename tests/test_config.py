@@ -21,8 +21,8 @@ from nanomrt.config import (
     run_name,
     save_config,
 )
-from nanomrt.model import Llama, ModelConfig
 from nanomrt.methods import METHODS
+from nanomrt.model import Llama, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
@@ -191,7 +191,8 @@ def test_a_context_that_is_accepted_is_enough(algorithm, budgets):
     task = Countdown.from_config(config)
     for seed in range(4):
         problems = task.problems("train", config.prompts_per_step, seed)
-        gathered = METHODS[algorithm].gather(greedy_tryer(task, config), task, problems, config, torch.Generator().manual_seed(seed))
+        gathered = METHODS[algorithm].gather(greedy_tryer(task, config), task, problems, config,
+                                             torch.Generator().manual_seed(seed))
         assert max(map(len, gathered.rollouts.tokens)) <= context
 
 

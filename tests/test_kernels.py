@@ -114,7 +114,8 @@ def test_attention_with_extreme_scores(level):
 
 
 def branch_case(K: int, ratio: int, suffix: int, seed: int, limits: list[list[int]]):
-    """Branches at limits[s] of segment s, in shuffled row order. Entries that no branch may see hold huge numbers."""
+    """Branches at limits[s] of segment s, in shuffled row order, with 1 … suffix tokens of their own. Entries that no branch may
+    see hold huge numbers."""
     S, L, D, M = len(limits), 9, 8, max(map(len, limits))
     R = sum(map(len, limits))
     generator = torch.Generator().manual_seed(seed)
@@ -130,17 +131,20 @@ def branch_case(K: int, ratio: int, suffix: int, seed: int, limits: list[list[in
             group[s, m], place[r], owner[r] = r, s * M + m, (s, limit)
             hidden[s, m, :limit] = 0.0
     q = randn(R, K * ratio, D, seed=seed + 3)
-    own_k, own_v = randn(R, K, suffix, D, seed=seed + 4), randn(R, K, suffix, D, seed=seed + 5)
-    return (q, prefix_k, prefix_v, hidden, group, place, own_k, own_v), owner
+    own_k, own_v = randn(R, K, suffix + 2, D, seed=seed + 4), randn(R, K, suffix + 2, D, seed=seed + 5)
+    length = torch.arange(R) % suffix + 1
+    for r, n in enumerate(length.tolist()):
+        own_k[r, :, n:], own_v[r, :, n:] = 1e4, 1e30
+    return (q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length), owner
 
 
-def slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, owner) -> Tensor:
+def slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner) -> Tensor:
     """Plain attention of each row over the keys that it sees, concatenated, in fp64."""
     rows = []
     for r in range(len(q)):
         s, limit = owner[r]
         group = q.shape[1] // prefix_k.shape[1]
-        keys, values = (torch.cat([a[s, :, :limit], b[r]], dim=1).double().repeat_interleave(group, 0)
+        keys, values = (torch.cat([a[s, :, :limit], b[r, :, : length[r]]], dim=1).double().repeat_interleave(group, 0)
                         for a, b in ((prefix_k, own_k), (prefix_v, own_v)))  # (H,limit+t,D)
         scores = (keys @ q[r].double()[:, :, None]).squeeze(-1) / math.sqrt(q.shape[-1])  # (H,limit+t)
         rows.append((scores.softmax(-1)[:, None] @ values).squeeze(1))
@@ -161,10 +165,10 @@ LIMITS = {
 def test_branch_attention_is_attention_over_what_a_branch_sees(name, K, ratio, suffix):
     """Shared prefix and own suffix together equal plain attention over the concatenated visible keys; nothing else leaks in."""
     arguments, owner = branch_case(K, ratio, suffix, 0, LIMITS[name])
-    q, prefix_k, prefix_v, _, _, _, own_k, own_v = arguments
+    q, prefix_k, prefix_v, _, _, _, own_k, own_v, length = arguments
     before = checksum(*arguments)
     out = branch_attention(*arguments)
-    expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, owner)
+    expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     assert unchanged(before, *arguments)
 
@@ -172,13 +176,13 @@ def test_branch_attention_is_attention_over_what_a_branch_sees(name, K, ratio, s
 def test_unused_places_of_a_group_are_never_read():
     """Places without a branch may name any row and see anything."""
     arguments, owner = branch_case(2, 2, 2, 0, LIMITS["many branches at many positions"])
-    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v = arguments
+    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length = arguments
     used = torch.zeros(group.numel(), dtype=torch.bool)
     used[place] = True
     assert not used.all()
     other_group = torch.where(used.view_as(group), group, len(q) - 1)
     other_hidden = torch.where(used.view_as(group)[..., None], hidden, 0.0)
-    out = branch_attention(q, prefix_k, prefix_v, other_hidden, other_group, place, own_k, own_v)
+    out = branch_attention(q, prefix_k, prefix_v, other_hidden, other_group, place, own_k, own_v, length)
     assert torch.equal(out, branch_attention(*arguments))
 
 
@@ -187,13 +191,13 @@ def test_unused_places_of_a_group_are_never_read():
 def test_branch_attention_with_extreme_scores(level, where):
     """Scores near -120 or +80 on one side or on both: the two softmaxes are joined without overflow or underflow."""
     arguments, owner = branch_case(1, 2, 3, 0, [[9, 4], [2]])
-    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v = arguments
+    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length = arguments
     q = torch.ones_like(q)
     shift = level / math.sqrt(q.shape[-1])
     prefix_k = prefix_k + shift * (where != "suffix")
     own_k = own_k + shift * (where != "prefix")
-    out = branch_attention(q, prefix_k, prefix_v, hidden, group, place, own_k, own_v)
-    expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, owner)
+    out = branch_attention(q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length)
+    expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner)
     torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=2e-4)
 
 

@@ -13,7 +13,7 @@ from data.countdown import Countdown
 from nanomrt import rollout
 from nanomrt.config import ALGORITHMS, RunConfig
 from nanomrt.methods import METHODS, Gathered
-from nanomrt.model import Llama
+from nanomrt.model import Llama, Packed
 from nanomrt.rollout import boundaries, force_answers
 
 PROBLEMS, GROUP = 6, 4
@@ -49,9 +49,12 @@ def asked(monkeypatch) -> list[SimpleNamespace]:
     """Every call of the sampler, in order: whose context, what was forced, what was drawn."""
     calls, branch = [], rollout.branch
 
-    def spy(model, prefix, segment, contexts, forced, sampling, generator):
-        samples = branch(model, prefix, segment, contexts, forced, sampling, generator)
-        calls.append(SimpleNamespace(contexts=[list(x) for x in contexts], forced=list(map(list, forced)), sampling=sampling,
+    def spy(model, prefix, segment, contexts, forced, sampling, generator, keep=True):
+        samples = branch(model, prefix, segment, contexts, forced, sampling, generator, keep)
+        again = [len(given) > 2 for given in forced]  # the context's last token once more
+        contexts = [[*context, *given[:n]] for context, given, n in zip(contexts, forced, again, strict=True)]
+        forced = [list(given[n:]) for given, n in zip(forced, again, strict=True)]
+        calls.append(SimpleNamespace(contexts=contexts, forced=forced, sampling=sampling,
                                      samples=samples, drawn=[n[m].tolist() for n, m in zip(samples.tokens, samples.is_action)]))
         return samples
 
@@ -201,12 +204,12 @@ def test_J_is_known_at_every_boundary(model, task, algorithm):
 
 
 def test_V_is_the_mean_verdict_of_going_on_within_what_training_allows(model, task, asked):
-    """V asks each different context at a boundary once, `forks` times; what has not answered where training would have cut the
-    whole trace off is wrong, however right it becomes later."""
+    """V asks each different context at a boundary once, `forks` times, and a branch has as many tokens left as training would
+    have left its trace."""
     config = settings("vineppo", forks=3, fork_temperature=1.0)
-    gathered, (_, call) = gather(model, task, config), asked
-    assert call.sampling == asked[0].sampling and not any(call.forced) and call.sampling.temperature == config.temperature
-    problem, V, too_late = {}, {}, 0
+    gathered, (whole, call) = gather(model, task, config), asked
+    assert not any(call.forced) and call.sampling.temperature == config.temperature
+    problem, V, cut_off = {}, {}, 0
     for r, row in enumerate(gathered.rollouts.tokens):
         for end in range(len(row)):
             problem[tuple(row[:end])] = r
@@ -214,11 +217,11 @@ def test_V_is_the_mean_verdict_of_going_on_within_what_training_allows(model, ta
         assert context == call.contexts[i - i % 3]
         r = problem[tuple(context)]
         response = (context + drawn)[gathered.rollouts.prompt_length[r] :]
+        assert len(response) <= whole.sampling.max_new_tokens + 1  # at the very end one token is drawn, which answers nothing
+        cut_off += len(response) == whole.sampling.max_new_tokens
         right = task.grade(gathered.rollouts.problems[r], task.tokenizer.decode(response))
-        too_late += right and len(response) > call.sampling.max_new_tokens
-        right *= len(response) <= call.sampling.max_new_tokens
         V[tuple(context)] = V.get(tuple(context), 0) + right / 3
-    assert too_late > 3 and len(call.contexts) == 3 * len(V)
+    assert cut_off > 3 and len(call.contexts) == 3 * len(V)
     for r, start, end, before, after in episodes(gathered):
         row = gathered.rollouts.tokens[r]
         assert before == pytest.approx(V[tuple(row[:start])])
@@ -262,6 +265,19 @@ def test_prefixes_are_cut_row_by_row_and_half_of_a_group_stops(model, task, aske
         assert row == trace[:cut] + stop + call.drawn[r]
         assert action == [t >= cut + len(stop) for t in range(len(row))]
     assert any(len(cuts) > 2 for cuts in kept.values()) and sum(cuts[0] for cuts in kept.values()) < 8 * PROBLEMS
+
+
+def test_the_decision_to_stop_can_be_learned(model, task):
+    """decision_in_loss: `</think>` of a stopped row is an action with the policy's log-prob; `<answer>` stays context, and nothing
+    else changes, the ledger included."""
+    without, learned = (gather(model, task, settings("mrt", group_size=8, decision_in_loss=x)) for x in (False, True))
+    more = learned.batch.is_action & ~without.batch.is_action
+    assert torch.equal(learned.batch.tokens, without.batch.tokens) and learned.trace_tokens == without.trace_tokens
+    assert (learned.batch.tokens[more] == task.close_thinking).all() and int(more.sum()) == 4 * PROBLEMS
+    assert (learned.batch.row[more] % 8 < 4).all() and not (without.batch.is_action & ~learned.batch.is_action).any()
+    packed = Packed.of(learned.batch.lengths)
+    logp = (model(learned.batch.tokens, packed.position_ids, packed) @ model.head.T).log_softmax(1)
+    torch.testing.assert_close(learned.batch.logprob[more], logp[more.nonzero().squeeze(1) - 1, task.close_thinking])
 
 
 def test_every_number_of_kept_episodes_is_as_likely_as_the_others(model, task, asked):
@@ -344,7 +360,8 @@ def test_traces_are_cut_at_the_earliest_largest_J_and_end_right(model, task, ask
             assert gathered.rollouts.reward[r] == 1
             changed += 1
         assert gathered.rollouts.tokens[r] == trace
-    assert 5 < changed < len(traces.tokens) and any(gathered.rollouts.reward[r] for r in set(range(len(traces.tokens))) - set(row))
+    others = set(range(len(traces.tokens))) - set(row)
+    assert 5 < changed < len(traces.tokens) and any(gathered.rollouts.reward[r] for r in others)
     assert gathered.episodes is None and not gathered.batch.logprob.any() and gathered.batch.finished.all()
 
 

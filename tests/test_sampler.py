@@ -2,16 +2,29 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from data.countdown import Countdown
+from nanomrt import sampler
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import Rollouts, boundaries, branch, continue_from, force_answers, roll_out
-from nanomrt.sampler import EMPTY, Branches, Samples, Sampling, Segments, draw, generate, prefill, truncate
+from nanomrt.sampler import (
+    EMPTY,
+    Branches,
+    Samples,
+    Sampling,
+    Segments,
+    distribution,
+    draw,
+    generate,
+    prefill,
+    random_numbers,
+    truncate,
+)
 
 PROMPT_LENGTHS = (7, 1, 12, 3, 5)
 
@@ -40,6 +53,22 @@ def fork(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seque
     return branch(model, prefix, segment, contexts, forced or [[]] * len(segment), sampling, generator(seed))
 
 
+def groups(size: int) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Ragged prompts, `size` rows of each in mixed order: prompts, each row's prompt, each row's context."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    owner = [i % len(prompts) for i in range(len(prompts) * size)]
+    return prompts, owner, [prompts[i] for i in owner]
+
+
+def branches_of(owner: Sequence[int], contexts: Sequence[Sequence[int]], seed: int = 0) -> Branches:
+    """A row for each context, which must be what its segment holds."""
+    return Branches.of(owner, [len(c) - 1 for c in contexts], [c[-1:] for c in contexts], "cpu", generator(seed))
+
+
+def take(branches: Branches, rows: Sequence[int]) -> Branches:
+    return Branches(*(getattr(branches, f.name)[list(rows)] for f in fields(Branches)))
+
+
 def whole(samples: Samples, contexts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Each row's context and tokens as one sequence."""
     return [[*context[:start], *row] for context, start, row in
@@ -55,12 +84,14 @@ def logps(model: Llama, rows: Sequence[Sequence[int]], temperature: float = 1.0)
 
 
 def assert_rescored(model: Llama, samples: Samples, rows: Sequence[list[int]], temperature: float = 1.0) -> None:
-    """Recorded log-probs are those of the whole sequence scored from scratch, and 0 wherever nothing was sampled."""
+    """Recorded log-probs are those of the whole sequence scored from scratch, forced tokens' as well. Only the first token's,
+    which was never predicted, is 0, and what lies behind a row's end."""
     for r, (row, table) in enumerate(zip(rows, logps(model, rows, temperature), strict=True)):
         start, length = int(samples.branches.position[r]), int(samples.lengths[r])
         assert len(row) == start + length and row[start:] == samples.tokens[r, :length].tolist()
         for t in range(samples.tokens.shape[1]):
-            if samples.is_action[r, t]:
+            assert samples.is_action[r, t] <= (0 < t < length)
+            if 0 < t < length:
                 assert abs(samples.logprobs[r, t] - table[start + t - 1, row[start + t]]) < 1e-5
             else:
                 assert samples.logprobs[r, t] == 0
@@ -121,22 +152,29 @@ def test_the_order_of_prompts_and_branches_does_not_matter(model):
 
 def test_prefill_keeps_each_token_once(model):
     """Positions 0 … n-1 of each prompt, EMPTY behind them."""
-    segments = prefill(model, random_rows((3, 1, 4)))
-    E = EMPTY
-    assert segments.positions.tolist() == [[0, 1, 2, E], [0, E, E, E], [0, 1, 2, 3]]
-    assert segments.keys.shape == segments.values.shape == (2, 3, 2, 4, 8)
+    segments = prefill(model, random_rows((3, 1, 20)))
+    assert segments.positions.tolist() == [[*range(n), *[EMPTY] * (20 - n)] for n in (3, 1, 20)]
+    assert segments.keys.shape == segments.values.shape == (2, 3, 2, 20, 8)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8, 13, 28])
+def test_prefill_in_parts(model, max_tokens):
+    """However many forward passes the prompts are shared out to: the same cache."""
+    prompts = random_rows(PROMPT_LENGTHS)
+    parts, whole = prefill(model, prompts, max_tokens), prefill(model, prompts)
+    assert torch.equal(parts.positions, whole.positions)
+    for mine, exact in ((parts.keys, whole.keys), (parts.values, whole.values)):
+        torch.testing.assert_close(mine, exact, atol=1e-5, rtol=1e-4)
 
 
 # --- Forks ---
 
 
 def traces(model: Llama) -> tuple[Samples, list[list[int]]]:
-    """45 ragged traces, of which most stop early, so that rows have been moved in the cache. Also their whole sequences."""
-    prompts = random_rows(PROMPT_LENGTHS)
-    owner = [i for i in range(len(prompts)) for _ in range(9)]
-    contexts = [prompts[i] for i in owner]
-    samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(24, tuple(range(40, 52)), 1.0), seed=1)
-    assert samples.cache.live < len(owner) and samples.cache.row.tolist() != list(range(len(owner)))  # rows were moved
+    """45 ragged traces in 20 slots, of which most stop early: slots have been refilled and rows moved. Also whole sequences."""
+    prompts, owner, contexts = groups(9)
+    sampling = Sampling(24, tuple(range(40, 52)), 1.0)
+    samples = generate(model, prefill(model, prompts), branches_of(owner, contexts, 1), sampling, max_rows=20)
     assert samples.stopped.any() and not samples.stopped.all()
     return samples, whole(samples, contexts)
 
@@ -154,15 +192,13 @@ def test_a_fork_equals_flat_scoring(model, forced):
     parent = samples.segments()
     row, position = cuts(samples, rows)
     contexts = [rows[r][:p] for r, p in zip(row, position, strict=True)]
-    before = checksum(parent, samples.prefix)
+    before = checksum(parent)
     children = fork(model, parent, row, contexts, Sampling(6, (5,), 1.0), seed=2, forced=[forced] * len(row))
     sequences = whole(children, contexts)
     for sequence, context in zip(sequences, contexts, strict=True):
         assert sequence[: len(context) + len(forced)] == context + forced
     assert_rescored(model, children, sequences)
-    assert unchanged(before, parent, samples.prefix)
-    for mine, again in zip(before, checksum(samples.segments()), strict=False):
-        assert torch.equal(mine[0], again[0])  # nor the cache that the parent was made from
+    assert unchanged(before, parent)
 
 
 def test_branches_of_branches_of_branches(model):
@@ -196,7 +232,7 @@ def test_segments_hold_each_context_exactly(model):
 
 
 def test_forced_tokens_are_never_actions(model):
-    """Ragged forced tokens: context without a log-prob, not counted as generated, and each row still draws its full share."""
+    """Ragged forced tokens: not counted as generated, and each row still draws its full share."""
     prompts = random_rows(PROMPT_LENGTHS)
     forced = [[9], [9, 10, 11, 12], [9, 10], [9, 10, 11], [12]]
     samples = fork(model, prefill(model, prompts), range(5), prompts, Sampling(7, ()), forced=forced)
@@ -273,7 +309,106 @@ def test_too_long_for_the_context_is_an_error(model):
     assert len(whole(fork(model, prefill(model, prompt), [0], prompt, Sampling(room, ())), prompt)[0]) == 256
 
 
+@pytest.mark.parametrize("budgets", [(3, 0, 8, 1, 5), (6, 6, 6, 6, 6)])
+def test_every_row_may_have_its_own_budget(model, budgets):
+    """A row with budget b says the first b tokens of what it says with the largest one."""
+    prompts, owner, contexts = groups(1)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
+    free = generate(model, prefix, branches, Sampling(max(budgets), ()))
+    samples = generate(model, prefix, branches, Sampling(torch.tensor(budgets), ()))
+    assert samples.rows() == [row[: 1 + b] for row, b in zip(free.rows(), budgets, strict=True)]
+    assert samples.generated == sum(budgets) and not samples.stopped.any()
+    assert_rescored(model, samples, whole(samples, contexts))
+
+
+def test_stop_sequences(model):
+    """A row ends where one of the sequences is complete for the first time; its beginnings and its parts do not end it."""
+    prompts, owner, contexts = groups(8)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
+    free = generate(model, prefix, branches, Sampling(20, ())).rows()
+    stops = (tuple(free[0][3:6]), tuple(free[1][2:4]), free[2][9], tuple(free[3][1:2]), (999,))
+    samples = generate(model, prefix, branches, Sampling(20, stops))
+
+    def end(row: list[int]) -> int | None:
+        """Where the first stop ends; row[0] was given."""
+        sequences = [list(stop) if isinstance(stop, tuple) else [stop] for stop in stops]
+        ends = (t for t in range(2, len(row) + 1) if any(row[max(t - len(s), 1) : t] == s for s in sequences))
+        return next(ends, None)
+
+    assert samples.rows() == [row[: end(row)] for row in free]
+    assert samples.stopped.tolist() == [end(row) is not None for row in free]
+    assert samples.stopped.any() and not samples.stopped.all() and len(samples.rows()[0]) <= 6
+
+
+def test_a_stop_sequence_has_to_be_said_whole(model):
+    """Its first token forced and its second drawn: that is not what the policy said."""
+    prompts, owner, contexts = groups(1)
+    prefix, one = prefill(model, prompts), Sampling(6, (), 0.0)
+    free = fork(model, prefix, owner, contexts, one, forced=[[9]] * 5)
+    stops = tuple((9, row[1]) for row in free.rows())
+    assert fork(model, prefix, owner, contexts, replace(one, stop=stops), forced=[[9]] * 5).rows() == free.rows()
+
+
+def test_rows_that_were_not_kept_cannot_be_branched(model):
+    prompts, owner, contexts = groups(1)
+    samples = generate(model, prefill(model, prompts), branches_of(owner, contexts), Sampling(3, ()), keep=False)
+    with pytest.raises(ValueError, match="can't be branched: .* keep=False"):
+        samples.segments()
+
+
+def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
+    """One row and what is kept have to fit; otherwise as many rows as fit are sampled at a time."""
+    prompts, owner, contexts = groups(4)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
+    T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
+    exact = generate(model, prefix, branches, Sampling(9, ())).rows()
+    monkeypatch.setattr(sampler, "CPU_BYTES", (20 * (16 + T) + 3 * T) * token)
+    assert sampler.fitting_rows(model, prefix, 20, T, True) == 3 and sampler.fitting_rows(model, prefix, 20, T, False) == 20
+    assert generate(model, prefix, branches, Sampling(9, ())).rows() == exact
+    monkeypatch.setattr(sampler, "CPU_BYTES", (20 * (16 + T) + T) * token - 1)
+    with pytest.raises(ValueError, match="GB are free: sample fewer rows at a time or lower the budget"):
+        generate(model, prefix, branches, Sampling(9, ()))
+
+
 # --- Randomness ---
+
+
+def splitmix(x: int) -> int:
+    """The published mixer, in whole numbers."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789])
+def test_random_numbers_are_a_hash_of_seed_and_step(seed):
+    """Bit for bit what whole numbers give."""
+    numbers = random_numbers(torch.tensor([seed]), torch.arange(50))
+    expected = [splitmix(splitmix(seed % 2**64) + step * 0x9E3779B97F4A7C15) >> 40 for step in range(50)]
+    assert numbers.dtype == torch.float32 and (numbers.double() * 2**24).tolist() == expected
+
+
+SEEDS = {"consecutive": torch.arange(512), "random": torch.randint(2**63 - 1, (512,), generator=generator(3)),
+         "one bit": (1 << torch.arange(512) % 63) + torch.arange(512) // 63}
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_random_numbers_are_uniform_and_independent(seeds):
+    """Every bit is fair, numbers fall evenly, and so do pairs of neighbours in steps and in seeds: 5 standard deviations."""
+    numbers = random_numbers(SEEDS[seeds][:, None], torch.arange(256))  # (512,256)
+    bits = (numbers.double() * 2**24).long()[..., None] >> torch.arange(24) & 1
+    n = numbers.numel()
+    assert ((bits.double().mean((0, 1)) - 0.5).abs() < 5 * 0.5 / n**0.5).all() and 0 <= numbers.min() <= numbers.max() < 1
+
+    def chi_square_is_fine(cell: Tensor, cells: int) -> bool:
+        expected = cell.numel() / cells
+        chi_square = ((cell.flatten().bincount(minlength=cells) - expected) ** 2 / expected).sum()
+        return abs(chi_square - (cells - 1)) < 5 * (2 * (cells - 1)) ** 0.5
+
+    assert chi_square_is_fine((numbers * 1024).long(), 1024)
+    cell = (numbers * 16).long()
+    assert chi_square_is_fine(cell[:, :-1] * 16 + cell[:, 1:], 256) and chi_square_is_fine(cell[:-1] * 16 + cell[1:], 256)
 
 
 def test_the_same_seed_gives_the_same_samples(model):
@@ -285,18 +420,64 @@ def test_the_same_seed_gives_the_same_samples(model):
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs) and not torch.equal(a.tokens, c.tokens)
 
 
-@pytest.mark.parametrize("stop_ids", [tuple(range(30, 34)), tuple(range(30, 40)), tuple(range(20, 100))],
+def test_a_row_depends_on_its_seed_alone(model):
+    """Any subset in any order, row by row or in parts, from fewer segments: each row says what it says among all 60."""
+    prompts, owner, contexts = groups(12)
+    prefix, branches, sampling = prefill(model, prompts), branches_of(owner, contexts, 5), Sampling(12, tuple(range(30, 40)))
+    rows = generate(model, prefix, branches, sampling).rows()
+    assert len(set(map(tuple, rows))) > 50 and len(set(map(len, rows))) > 5
+    order = torch.randperm(60, generator=generator()).tolist()
+    for part in (order, order[:7], order[7:24], *([r] for r in order[:5])):
+        assert generate(model, prefix, take(branches, part), sampling).rows() == [rows[r] for r in part]
+    again = [r for r in range(60) if owner[r] == 2]
+    alone = replace(take(branches, again), segment=torch.zeros(12, dtype=torch.int64))
+    assert generate(model, prefill(model, [prompts[2]]), alone, sampling).rows() == [rows[r] for r in again]
+
+
+@pytest.mark.parametrize("max_rows, stop", [(1, tuple(range(20, 100))), (3, tuple(range(30, 40))), (16, ()), (16, (5, 6)),
+                                            (59, tuple(range(20, 100)))])
+def test_refilled_slots_change_nothing(model, max_rows, stop, monkeypatch):
+    """Rows that wait for a slot say, score and cache what they do when all start at once, however often the loop looks."""
+    prompts, owner, contexts = groups(12)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts, 6)
+    sampling = Sampling(torch.arange(60) % 13, stop)
+    together = generate(model, prefix, branches, sampling)
+    monkeypatch.setitem(sampler.CHECK_EVERY, "cpu", 1 + max_rows % 5)
+    refilled = generate(model, prefix, branches, sampling, max_rows=max_rows)
+    for name in ("tokens", "is_action", "lengths", "stopped"):
+        assert torch.equal(getattr(refilled, name), getattr(together, name))
+    torch.testing.assert_close(refilled.logprobs, together.logprobs, atol=1e-5, rtol=0)
+    a, b = refilled.segments(), together.segments()
+    assert torch.equal(a.positions, b.positions)
+    for mine, exact in ((a.keys, b.keys), (a.values, b.values)):
+        hidden = (a.positions == EMPTY)[None, :, None, :, None]
+        torch.testing.assert_close(mine.masked_fill(hidden, 0), exact.masked_fill(hidden, 0), atol=1e-5, rtol=1e-4)
+
+
+def test_fresh_weights_after_an_optimiser_step(model):
+    """Nothing of the weights survives a call."""
+    prompts, owner, contexts = groups(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for seed in range(2):
+        samples = fork(model, prefill(model, prompts), owner, contexts, Sampling(8, ()), seed)
+        assert_rescored(model, samples, whole(samples, contexts))
+        model.head[:, : len(prompts)].square().mean().backward()
+        packed = Packed.of(torch.tensor([5]))
+        model(torch.arange(5), packed.position_ids, packed).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("stop", [tuple(range(30, 34)), tuple(range(30, 40)), tuple(range(20, 100))],
                          ids=len)
-def test_a_row_does_not_depend_on_when_others_finish(model, stop_ids):
+def test_a_row_does_not_depend_on_when_others_finish(model, stop):
     """Rows that leave early are the beginnings of what they say when nobody stops: moving rows in the cache moves no sample."""
-    prompts = random_rows(PROMPT_LENGTHS)
-    owner = [i % 5 for i in range(48)]
-    contexts, prefix = [prompts[i] for i in owner], prefill(model, prompts)
-    early = fork(model, prefix, owner, contexts, Sampling(20, stop_ids), seed=5)
+    prompts, owner, contexts = groups(10)
+    prefix = prefill(model, prompts)
+    early = fork(model, prefix, owner, contexts, Sampling(20, stop), seed=5)
     never = fork(model, prefix, owner, contexts, Sampling(20, ()), seed=5)
-    assert never.cache.row.tolist() == list(range(48)) and early.cache.live < 48
+    assert early.stopped.any() and not never.stopped.any()
     for a, b, la, lb in zip(early.rows(), never.rows(), early.logprobs, never.logprobs, strict=True):
-        end = next((t + 1 for t, token in enumerate(b) if t and token in stop_ids), len(b))
+        end = next((t + 1 for t, token in enumerate(b) if t and token in stop), len(b))
         assert a == b[:end]
         torch.testing.assert_close(la[:end], lb[:end], atol=1e-5, rtol=0)
 
@@ -305,9 +486,10 @@ def test_frequencies_of_draw():
     """4·10^5 draws from eight probabilities at temperature 0.7: chi-square within five standard deviations of its mean."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -1.5, -3.0, 3.0])
     n = 400_000
-    ids, logprobs = draw(logits.expand(n, -1), torch.rand(n, generator=generator()), Sampling(1, (), 0.7))
+    logp = distribution(logits.expand(n, -1), Sampling(1, (), 0.7))
+    ids = draw(logp, random_numbers(torch.arange(n), torch.tensor(7)), Sampling(1, (), 0.7))
     p = (logits.double() / 0.7).softmax(0)
-    torch.testing.assert_close(logprobs.double(), p.log()[ids], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logp[0].double(), p.log(), atol=1e-5, rtol=1e-5)
     chi_square = ((ids.bincount(minlength=8) - n * p) ** 2 / (n * p)).sum()
     assert chi_square < 7 + 5 * (2 * 7) ** 0.5
 
@@ -315,7 +497,7 @@ def test_frequencies_of_draw():
 def test_draw_inverts_the_cumulative_distribution():
     """p = 1/2, 1/4, 1/4: [0, 1/2) gives 0, [1/2, 3/4) gives 1, [3/4, 1) gives 2."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(6, -1)
-    ids, _ = draw(logits, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 2**-24]), Sampling(1, ()))
+    ids = draw(logits, torch.tensor([0.0, 0.49, 0.51, 0.74, 0.76, 1 - 2**-24]), Sampling(1, ()))
     assert ids.tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -326,8 +508,8 @@ def test_ids_of_probability_zero_are_never_drawn():
     logits[forbidden] = -torch.inf
     uniform = torch.rand(100_000, generator=generator())
     uniform[:3] = torch.tensor([0.0, 1 - 2**-24, 2**-24])
-    ids, logprobs = draw(logits.expand(len(uniform), -1), uniform, Sampling(1, ()))
-    assert not torch.isin(ids, forbidden).any() and ids.unique().numel() == 58 and logprobs.isfinite().all()
+    ids = draw(logits.log_softmax(-1).expand(len(uniform), -1), uniform, Sampling(1, ()))
+    assert not torch.isin(ids, forbidden).any() and ids.unique().numel() == 58
 
 
 TABLE = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.3, 0.05, 0.15, 0.5]])
@@ -349,9 +531,11 @@ def test_truncation(top_k, top_p, kept):
     torch.testing.assert_close(cut.softmax(-1), expected / expected.sum(1, keepdim=True))
     assert (cut.softmax(-1) == 0).equal(expected == 0) and torch.equal(logits, before)
     uniform = torch.rand(4000, generator=generator())
-    ids, logprobs = draw(TABLE[:1].log().expand(4000, -1), uniform, Sampling(1, (), 1.0, top_k, top_p))
+    sampling = Sampling(1, (), 1.0, top_k, top_p)
+    logp = distribution(TABLE[:1].log(), sampling)
+    torch.testing.assert_close(logp[0], (expected[0] / expected[0].sum()).log())
+    ids = draw(logp.expand(4000, -1), uniform, sampling)
     assert set(TABLE[0, ids.unique()].tolist()) == set(TABLE[0][expected[0] > 0].tolist())
-    torch.testing.assert_close(logprobs, (expected[0] / expected[0].sum()).log()[ids])
 
 
 def test_replace_writes_another_token(model):
@@ -362,7 +546,7 @@ def test_replace_writes_another_token(model):
     plain = Sampling(15, (), 0.0)
     rows = fork(model, prefix, owner[:5], contexts[:5], plain).rows()
     common = max(range(117), key=lambda token: sum(row[1:].count(token) for row in rows))
-    replaced = fork(model, prefix, owner[:5], contexts[:5], replace(plain, replace=(common, 3), stop_ids=(common,)))
+    replaced = fork(model, prefix, owner[:5], contexts[:5], replace(plain, replace=(common, 3), stop=(common,)))
     changed = 0
     for row, other, context in zip(rows, replaced.rows(), contexts, strict=False):
         first = row[1:].index(common) + 1 if common in row[1:] else len(row)
@@ -522,10 +706,11 @@ def test_boundaries_enclose_the_episodes(rollouts):
 def test_generate_writes_to_none_of_its_arguments(model):
     """Prefix, branches and weights are only read."""
     prompts = random_rows(PROMPT_LENGTHS)
-    prefix, branches = prefill(model, prompts), Branches.of(range(5), [3, 1, 2, 3, 0], [[9], [9, 8], [7], [7], [1]], "cpu")
+    branches = Branches.of(range(5), [3, 1, 2, 3, 0], [[9], [9, 8], [7], [7], [1]], "cpu", generator())
+    prefix = prefill(model, prompts)
     before, weights = checksum(prefix), [weight.clone() for weight in model.parameters()]
-    copies = [x.clone() for x in (branches.segment, branches.position, branches.forced)]
-    generate(model, prefix, branches, Sampling(6, (5,)), generator())
+    copies = [x.clone() for x in (branches.segment, branches.position, branches.forced, branches.seed)]
+    generate(model, prefix, branches, Sampling(6, (5,)), max_rows=3)
     assert unchanged(before, prefix)
     assert all(map(torch.equal, weights, model.parameters()))
-    assert all(map(torch.equal, copies, (branches.segment, branches.position, branches.forced)))
+    assert all(map(torch.equal, copies, (branches.segment, branches.position, branches.forced, branches.seed)))

@@ -111,7 +111,8 @@ def test_alpha_zero_is_grpo_bit_for_bit_and_mrt_is_not(finished, out):
 
 @pytest.mark.parametrize("words", [
     ["--kl_coef=0.1"], ["--kl_coef=0.1", "--kl_estimator=k3"], ["--kl_coef=0.1", "--kl_estimator=k1_reward"],
-    ["--loss_norm=sequence", "--truncated=mask"], ["--equal_groups=skip", "--advantage_norm=rloo"], ["--importance_cap=2"], ["--forks=2", "--fork_temperature=1", "--gamma=0.5", "--advantage_norm=mean"],
+    ["--loss_norm=sequence", "--truncated=mask"], ["--equal_groups=skip", "--advantage_norm=rloo"], ["--importance_cap=2"],
+    ["--forks=2", "--fork_temperature=1", "--gamma=0.5", "--advantage_norm=mean"],
 ])
 def test_every_switch_trains(out, words):
     run = run_tiny(out, "--steps=2", *words)
