@@ -33,13 +33,16 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     length (R,) >= 1 count, this one included.
     """
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
-    q = (q * D**-0.5).view(R, K, H // K, D)
+    G, heads = H // K, torch.arange(K, device=q.device)
+    asks = (group[:, None] * K + heads[:, None]).flatten()  # (S·K·M,) the row and key/value head of each branch of a segment
+    answer = ((place // M)[:, None] * K + heads) * M + (place % M)[:, None]  # (R,K) where each row and head stands among them
+    q = (q * D**-0.5).view(R, K, G, D)
     # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
-    together = q[group].transpose(1, 2).reshape(S, K, -1, D)  # (S,K,M·G,D)
-    scores = (together @ prefix_k.mT).view(S, K, M, -1, L).add_(unseen[:, None, :, None])  # (S,K,M,G,L)
+    together = q.flatten(0, 1).index_select(0, asks).view(S, K, M * G, D)
+    scores = (together @ prefix_k.mT).view(S, K, M, G, L).add_(unseen[:, None, :, None])
     p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
-    out = (p.view(S, K, -1, L).to(q.dtype) @ prefix_v).view(S, K, M, -1, D)
-    lse, out = (x.transpose(1, 2).flatten(0, 1)[place] for x in (lse, out))  # (R,K,G,·)
+    out = p.view(S, K, M * G, L).to(q.dtype) @ prefix_v  # (S,K,M·G,D)
+    lse, out = (x.view(S * K * M, G, -1).index_select(0, answer.flatten()).view(R, K, G, -1) for x in (lse, out))
     beyond = torch.where(torch.arange(t, device=q.device) < length[:, None], 0.0, -1e30)  # (R,t)
     own_p, own_lse = _softmax_and_lse((q @ suffix_k.mT).add_(beyond[:, None, None]))  # (R,K,G,t), (R,K,G,1)
     share = torch.sigmoid(lse - own_lse).to(q.dtype)  # the prefix's part of the whole softmax; 0 where none of it is seen

@@ -4,10 +4,11 @@ Face's `generate` where `transformers` is installed.
     python -m nanomrt.bench             tables on the screen and results/sampler-<machine>.json
     python -m nanomrt.bench --dry-run   the same program on tiny sizes, in seconds
 
-decode   R prompts of 8 tokens, 70 new tokens each, nobody stops: tokens per second. `products` is the floor: the same linear
-         layers and nothing else.
+decode   prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a row, nobody stops: tokens per second. `products`
+         is the floor: the same linear layers and nothing else. `alone` gives every row a prompt of its own.
 forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
          with every context prefilled again.
+step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
 
 Providers take turns, each figure is the median of the repetitions, and weights and tokens are random. Timing belongs here and
 never in a test.
@@ -31,10 +32,10 @@ from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.model import Llama, ModelConfig, mixed_precision
 from nanomrt.run import commit
-from nanomrt.sampler import Branches, Sampling, generate, prefill
+from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
 
-PROMPT, NEW = 8, 70  # tokens
-TRACE, ANSWER, FORKS = 108, 8, 12
+PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
+TRACE, ANSWER, FORKS, EPISODE = 108, 8, 12, 9
 
 
 def small_llama(task: Countdown, device: str) -> Llama:
@@ -64,11 +65,12 @@ def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
 # --- Providers ---
 
 
-def ours(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
-    """Prefill and `NEW` sampled tokens per row; no token stops."""
-    branches = Branches.of(range(len(prompts)), [len(p) - 1 for p in prompts], [[p[-1]] for p in prompts], model.head.device,
+def ours(model: Llama, prompts: list[list[int]], rows: int) -> Callable[[], Samples]:
+    """Prefill of the prompts and `NEW` sampled tokens for each of `rows` rows; no token stops."""
+    owner = [r * len(prompts) // rows for r in range(rows)]
+    branches = Branches.of(owner, [PROMPT - 1] * rows, [prompts[i][-1:] for i in owner], model.head.device,
                            torch.Generator().manual_seed(2))
-    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()))
+    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()), keep=False)
 
 
 @torch.no_grad()
@@ -87,8 +89,9 @@ def products(model: Llama, rows: int) -> Callable[[], object]:
     return multiply
 
 
-def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]]) -> Callable[[], object] | None:
-    """`generate` of transformers with the same weights and the same sampling; None where it is not installed."""
+def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **options) -> Callable[[], object] | None:
+    """`generate` of transformers with the same weights and the same sampling; None where it is not installed.
+    options: such as cache_implementation="static", with which it compiles on a GPU."""
     try:
         from transformers import LlamaForCausalLM
     except ImportError:
@@ -99,21 +102,20 @@ def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]]) -> Cal
     ids = torch.tensor(prompts, device=model.head.device)
     mask = torch.ones_like(ids)
     return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW,
-                                   pad_token_id=0, eos_token_id=None)
+                                   pad_token_id=0, eos_token_id=None, **options)
 
 
-def forked(model: Llama, traces: list[list[int]], places: list[tuple[int, int]]) -> Callable[[], object]:
+def forked(model: Llama, segments: Segments, places: list[tuple[int, int]]) -> Callable[[], object]:
     """Answers as branches of traces that are cached already, as in training."""
-    segments = prefill(model, traces)
     branches = Branches.of([t for t, _ in places], [p for _, p in places], [[1, 2]] * len(places), model.head.device)
-    return lambda: generate(model, segments, branches, Sampling(ANSWER, (), 0.0))
+    return lambda: generate(model, segments, branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
 def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[int, int]]) -> Callable[[], object]:
     """The same answers, each from a context of its own."""
     contexts = [traces[t][:p] for t, p in places]
     branches = Branches.of(range(len(places)), [p for _, p in places], [[1, 2]] * len(places), model.head.device)
-    return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0))
+    return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
 # --- Tables ---
@@ -123,21 +125,44 @@ def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int)
     rows = []
     for batch in batches:
         prompts = random_rows(model, batch, PROMPT)
-        providers = {"nanomrt": ours(model, prompts), "products": products(model, batch),
-                     "Hugging Face generate": hugging_face(model, task, prompts)}
+        shared = prompts[: -(-batch // GROUP)]
+        repeated = [shared[r * len(shared) // batch] for r in range(batch)]
+        providers = {"nanomrt": ours(model, shared, batch), "nanomrt, alone": ours(model, prompts, batch),
+                     "products": products(model, batch), "Hugging Face generate": hugging_face(model, task, repeated)}
+        if model.head.is_cuda:
+            static = hugging_face(model, task, repeated, cache_implementation="static")
+            providers["Hugging Face generate, static cache, compiled"] = static
         seconds = medians({name: call for name, call in providers.items() if call}, repeats, f"decode, batch {batch}")
         rows += [{"case": f"batch {batch}", "provider": name, "seconds": value, "tokens_per_second": batch * NEW / value,
-                  "times_nanomrt": value / seconds["nanomrt"]} for name, value in seconds.items()]
+                  "times_nanomrt": value / seconds["nanomrt"], "share_of_floor": seconds["products"] / value}
+                 for name, value in seconds.items()]
     return rows
 
 
 def fork_rows(model: Llama, count: int, repeats: int) -> list[dict]:
     traces = random_rows(model, count, TRACE)
     places = [(t, TRACE * (j + 1) // FORKS) for t in range(count) for j in range(FORKS)]
-    seconds = medians({"branches of the trace": forked(model, traces, places),
+    seconds = medians({"branches of the trace": forked(model, prefill(model, traces), places),
                        "prefilled again": prefilled_again(model, traces, places)}, repeats, "forks")
     return [{"case": f"{count} x {FORKS} forks", "provider": name, "seconds": value,
              "tokens_per_second": len(places) * ANSWER / value, "times_nanomrt": value / seconds["branches of the trace"]}
+            for name, value in seconds.items()]
+
+
+def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
+    """Traces and forced answers of an MRT step with `count` prompts."""
+    R, prompts = count * GROUP, random_rows(model, count, PROMPT)
+    owner, generator = [r // GROUP for r in range(R)], torch.Generator().manual_seed(3)
+    branches = Branches.of(owner, [PROMPT - 1] * R, [prompts[i][-1:] for i in owner], model.head.device, generator)
+    episodes = torch.randint(1, TRACE // EPISODE + 1, (R,), generator=generator)
+    sampling = Sampling((EPISODE * episodes).to(model.head.device), ())
+    traces = lambda: generate(model, prefill(model, prompts), branches, sampling)
+    places = [(r, PROMPT + EPISODE * (j + 1)) for r, n in enumerate(episodes.tolist()) for j in range(n)]
+    answers = forked(model, traces().segments(), places)
+    seconds = medians({"traces": traces, "forced answers": answers}, repeats, "step")
+    tokens = {"traces": EPISODE * int(episodes.sum()), "forced answers": len(places) * ANSWER}
+    return [{"case": f"step of {R} traces, {len(places)} forks", "provider": name, "seconds": value,
+             "tokens_per_second": tokens[name] / value, "times_nanomrt": value / seconds["traces"]}
             for name, value in seconds.items()]
 
 
@@ -151,6 +176,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> Path:
     parser = argparse.ArgumentParser(prog="python -m nanomrt.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: everything but the figures")
+    parser.add_argument("--repeats", type=int, default=7, help="calls of each provider, of which the median counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
     arguments = parser.parse_args(argv)
@@ -159,8 +185,9 @@ def main(argv: list[str]) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = Countdown()
     model = small_llama(task, device)
-    batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, 7)
-    rows = [*decode_rows(model, task, batches, repeats), *fork_rows(model, count, repeats)]
+    batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, arguments.repeats)
+    rows = [*decode_rows(model, task, batches, repeats), *fork_rows(model, count, repeats),
+            *step_rows(model, -(-count // 2), repeats)]
     machine = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
     path = arguments.out / f"sampler-{machine}.json"
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from nanomrt.model import Llama, Packed, compute_dtype, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
+MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: a CPU's caches hold the activations of no more
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 CPU_BYTES = 8 * 2**30  # what the caches of one call may take on a CPU, which does not say what is free
@@ -153,7 +154,7 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     if fitting < 1:
         raise ValueError(f"a cache of {T} new tokens takes {T * token / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
                          f"but {free / 1e9:.2f} GB are free: sample fewer rows at a time or lower the budget of new tokens")
-    return min(fitting, R)
+    return min(fitting, R, MOST_ROWS[device.type])
 
 
 class Slots:
@@ -313,7 +314,7 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
              keep: bool = True) -> Samples:
     """Sample every branch until it says a stop or has drawn `max_new_tokens`.
 
-    max_rows: how many rows at a time; None is as many as memory holds. keep: whether the samples can be branched in turn.
+    max_rows: how many rows at a time; None is as many as do well and fit in memory. keep: whether samples can be branched again.
     """
     rows, device, head = Rows.of(branches, sampling), prefix.keys.device, model.head
     T, needed = rows.tokens.shape[1] - 1, int((rows.position + rows.ends).max())
