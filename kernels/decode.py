@@ -18,7 +18,8 @@ A second kernel joins a row's chunks, prefix first, from the first to the last:
     branch 1, head 0  | o o o . . | . . . . . |
 
 A chunk of which a row sees nothing has lse -1e30 and so the weight 0, exactly. Chunks and tiles do not depend on the batch, so a
-row's bits don't either. A suffix is a segment that one branch uses: the same kernel serves both.
+row's bits don't either. A suffix is a segment that one branch uses and that ends at a length of its own: the same kernel serves
+both.
 Dimension key: R rows, S segments, M branches of a segment, L entries, H query heads, K key/value heads, G = H/K, D head dim.
 """
 

@@ -1,4 +1,4 @@
-"""The benchmark program without a GPU: what it counts, what it prints, and that it runs from end to end."""
+"""The benchmark programs without a GPU: what it counts, what it prints, and that it runs from end to end."""
 
 import json
 import random
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import bench
+from nanomrt import bench as sampler_bench
 from nanomrt.config import UserError
 
 
@@ -126,3 +127,13 @@ def test_out_may_not_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         bench.main(["--dry-run", "--out", str(tmp_path / "file")])
+
+
+def test_dry_run_of_the_sampler(tmp_path, capsys):
+    """Every provider that runs here is a row in the file and on the screen; products are the floor."""
+    path = sampler_bench.main(["--dry-run", "--threads", "1", "--out", str(tmp_path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["provider"] for row in rows} >= {"nanomrt", "products", "branches of the trace", "traces", "forced answers"}
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert all(row["share_of_floor"] == 1 for row in rows if row["provider"] == "products")
+    assert capsys.readouterr().out.count("\n") == len(rows) + 2

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import kernels
 from data.countdown import Countdown
+from nanomrt import sampler
 from nanomrt.config import load_config
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.rollout import roll_out, training_sampling
@@ -492,3 +493,10 @@ def test_learning_is_that_of_a_cpu():
         return sum(losses[-5:]) / 5
 
     assert final_loss(DEVICE) == pytest.approx(final_loss("cpu"), rel=0.05)
+
+
+def test_the_trainer_scores_what_refilled_slots_drew(model, task, monkeypatch):
+    """64 rows in eight slots, with suffixes of different lengths side by side."""
+    monkeypatch.setitem(sampler.MOST_ROWS, "cuda", 8)
+    difference = rescored(model, task, 3)
+    assert difference.mean() <= 0.01 and difference.quantile(0.99) <= 0.1
