@@ -1,7 +1,7 @@
-"""How fast the training kernels are, beside their peers, in one run on one machine.
+"""How fast the kernels are, beside their peers, in one run on one machine.
 
     python -m kernels.bench                      everything; writes results/kernels-<gpu>.json and .png, prints the tables
-    python -m kernels.bench --only logprob       one of the two kernels
+    python -m kernels.bench --only logprob       one of the three kernels
     python -m kernels.bench --quick              a few shapes, fewer repetitions
     python -m kernels.bench --dry-run            tiny shapes on a CPU: shows that the program works and measures nothing
 
@@ -14,7 +14,10 @@ this machine gives at best: its copy bandwidth and its rate of bf16 matrix produ
 - FLOPs are those of the task and not of the provider: visible (query, key) pairs of the true lengths, so that padding costs
   and does not count. Forward 4 D per pair and head; backward 2.5 times that. Log-prob: 2 N V C forward, 6 N V C with backward,
   8 N V C for a provider that computes the logits twice.
-- Padding a pack, and FlexAttention's block mask, are made before the clock starts: both are a present to the peers.
+- Decoding is bound by bytes: GB/s count each cached key and value once, however often a provider reads it. Goal: 75 to 88 % of
+  the copy rate; with 16 branches of a prefix, 5 to 6.5 times as fast as reading it once per branch.
+- Padding a pack, FlexAttention's block mask, and a prefix copied for every branch are made before the clock starts: presents to
+  the peers.
 - nanomrt also computes the entropy; the peers compute log p only. Its error is that of `float64` on up to 256 rows.
 """
 
@@ -81,13 +84,15 @@ class Provider(NamedTuple):
 @dataclass(frozen=True)
 class Case:
     """What all providers of one block of rows compute. Attention is q (N,H,D), k and v (N,K,D) of packed sequences with these
-    lengths; log-prob is hidden (N,C), weight (V,C), targets (N,)."""
+    lengths; log-prob is hidden (N,C), weight (V,C), targets (N,); decoding is what `branch_attention` takes, for rows that see
+    these lengths."""
 
     name: str
     inputs: tuple[Tensor, ...]
     upstream: Tensor
     flops: dict[str, float]  # by pass
     lengths: tuple[int, ...] = ()
+    bytes: int | None = None  # that have to be read, where they decide the time
 
     def goal(self, phase: str) -> tuple[int, int] | None:
         ragged = len(set(self.lengths)) > 1
@@ -247,6 +252,45 @@ LOGPROB = [Provider(OURS, two_pass), Provider(f"{OURS}, one pass", one_pass),
            Provider("cut-cross-entropy", cut_cross_entropy), Provider("Liger", liger)]
 
 
+# --- Decoding ---
+
+
+def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: str, dtype: torch.dtype) -> Case:
+    """One token for each of the M branches of S segments, over L shared entries and t of its own."""
+    draw, R = random_tensors(device, dtype), S * M
+    place = torch.arange(R, device=device)
+    prefix, suffix = [draw(S, K, L, D) for _ in "kv"], [draw(R, K, t, D) for _ in "kv"]
+    inputs = (draw(R, H, D), *prefix, torch.zeros(S, M, L, device=device), place.view(S, M), place, *suffix)
+    flops = {FORWARD: 4 * H * D * R * (L + t)}
+    return Case(f"{S} x {M} branches, {L} + {t} entries, H {H} K {K} D {D}", inputs, inputs[0], flops, (L + t,) * R,
+                sum(x.nbytes for x in (*prefix, *suffix)))
+
+
+def decode(shared: bool, case: Case) -> Call:
+    attend = kernels.fused_branch_attention if fused(case) else reference.branch_attention
+    q, *prefix, unseen, group, place, suffix_k, suffix_v = case.inputs
+    if not shared:
+        prefix = [x.repeat_interleave(group.shape[1], 0) for x in prefix]  # (R,K,L,D)
+        unseen, group = unseen.flatten(0, 1)[:, None], group.flatten()[:, None]  # (R,1,L), (R,1)
+    return Call(lambda: attend(q, *prefix, unseen, group, place, suffix_k, suffix_v), (), case.upstream)
+
+
+def decode_sdpa(case: Case) -> Call:
+    q, *prefix, _, group, _, suffix_k, suffix_v = case.inputs
+    join = lambda a, b: torch.cat([a.repeat_interleave(group.shape[1], 0), b], 2)  # (R,K,L+t,D)
+    k, v = map(join, prefix, (suffix_k, suffix_v))
+    return Call(lambda: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True), (), case.upstream)
+
+
+def copies(case: Case) -> int:
+    """Bytes of the prefixes, once for every branch and once more while they are joined to its own entries."""
+    return 4 * case.inputs[1].nbytes * case.inputs[4].shape[1]
+
+
+DECODE = [Provider(OURS, partial(decode, True)), Provider("same kernel, nothing shared", partial(decode, False), copies),
+          Provider("SDPA, nothing shared", decode_sdpa, copies)]
+
+
 # --- Measuring ---
 
 
@@ -318,7 +362,7 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
     rows, runs = [], []
     torch.compiler.reset()  # or the shapes of all cases would add up to its limit of recompilations
     for provider in providers:
-        row, reason = {"case": case.name, "provider": provider.name}, None
+        row, reason = {"case": case.name, "provider": provider.name, "bytes": case.bytes}, None
         needed, free = provider.needs(case), torch.cuda.mem_get_info()[0] if device == "cuda" else sys.maxsize
         try:
             if needed > free:
@@ -348,16 +392,18 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
         if row["pass"]:
             row["ms"] = next(measured)
             row |= {"tflops": row["flops"] / row["ms"] / 1e9} if row["ms"] else {"reason": "not available: out of memory"}
+            row |= {"gbs": row["bytes"] / row["ms"] / 1e6} if row["bytes"] and row["ms"] else {}
     return rows
 
 
-def compare(rows: Sequence[dict], matmul: float) -> None:
-    """Fill in the share of the matmul rate, and how many times as fast as the best peer of its case and pass a row is."""
+def compare(rows: Sequence[dict], matmul: float, copy: float) -> None:
+    """Fill in the share of the matmul or copy rate, and how many times as fast as the best peer of its case and pass a row is."""
     timed = [row for row in rows if row.get("ms")]
     for row in timed:
         peers = [other["ms"] for other in timed if (other["case"], other["pass"]) == (row["case"], row["pass"])
                  and not other["provider"].startswith(OURS)]
-        row["share"], row["ratio"] = row["tflops"] / matmul, min(peers) / row["ms"] if peers else None
+        row["share"] = row["gbs"] / copy if "gbs" in row else row["tflops"] / matmul
+        row["ratio"] = min(peers) / row["ms"] if peers else None
 
 
 def machine(device: str, dtype: torch.dtype, least: int, most: int) -> list[dict]:
@@ -383,7 +429,9 @@ COLUMNS = {
     "ms": lambda row: f"{row['ms']:.3f}" if row.get("ms") else row["reason"],
     "TFLOP/s": lambda row: f"{row['tflops']:.0f}",
     "goal": lambda row: "{} / {}".format(*row["goal"]),
-    "of matmul": lambda row: f"{row['share']:.0%}",
+    "of matmul": lambda row: f"{row['share']:.0%}" * (not row["bytes"]),
+    "GB/s": lambda row: f"{row['gbs']:.0f}",
+    "of copy": lambda row: f"{row['share']:.0%}" * bool(row["bytes"]),
     "extra MiB": lambda row: f"{row['extra_bytes'] / 2**20:.0f}",
     "of best peer's speed": lambda row: f"{row['ratio']:.2f}",
     "max error": lambda row: f"{row['error']:.0e}",
@@ -413,30 +461,32 @@ def table(rows: Sequence[dict], columns: dict[str, Callable[[dict], str]] = COLU
     return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
 
 
-def figure(path: Path, tables: dict[str, list[dict]], matmul: float) -> None:
-    """TFLOP/s of every provider and case, a panel for each pass; a tick is our goal's minimum, dashed is the matmul rate."""
+def figure(path: Path, tables: dict[str, list[dict]], matmul: float, copy: float) -> None:
+    """TFLOP/s or GB/s of every provider and case, a panel for each pass; a tick is our goal's minimum, dashed is what the machine
+    gives at best."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         raise UserError("figures need matplotlib: pip install matplotlib") from None
 
     panels = {(kind, phase): [row for row in rows if row["pass"] == phase and row.get("ms")] for kind, rows in tables.items()
-              for phase in ((FORWARD, BACKWARD) if kind == "attention" else (FORWARD, BOTH))}
+              for phase in {"attention": (FORWARD, BACKWARD), "logprob": (FORWARD, BOTH), "decode": (FORWARD,)}[kind]}
     drawing = Figure(figsize=(12, 3.2 * len(panels)), layout="constrained")
     for axes, ((kind, phase), rows) in zip(drawing.subplots(len(panels), squeeze=False).flat, panels.items()):
         cases, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
         width = 0.8 / max(len(names), 1)
+        rate, best, unit = ("gbs", copy, "GB/s") if kind == "decode" else ("tflops", matmul, "TFLOP/s")
         for row in rows:
             i = names.index(row["provider"])
             x = cases.index(row["case"]) + (i - (len(names) - 1) / 2) * width
-            axes.bar(x, row["tflops"], width, color=COLOURS[i % len(COLOURS)])
+            axes.bar(x, row[rate], width, color=COLOURS[i % len(COLOURS)])
             if row["goal"]:
                 axes.hlines(row["goal"][0], x - width / 2, x + width / 2, color="black", linewidth=1.5)
         for i, name in enumerate(names):
             axes.bar(0, 0, color=COLOURS[i % len(COLOURS)], label=name)
-        axes.axhline(matmul, color="0.4", linewidth=1, linestyle="--")
+        axes.axhline(best, color="0.4", linewidth=1, linestyle="--")
         axes.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=7)
-        axes.set(title=f"{kind}, {phase}", ylabel="TFLOP/s")
+        axes.set(title=f"{kind}, {phase}", ylabel=unit)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7, ncols=len(names) or 1, loc="upper left")
     drawing.savefig(path, dpi=150)
@@ -449,21 +499,23 @@ def plan(device: str, dtype: torch.dtype, quick: bool) -> dict[str, tuple[list[P
     """By kernel: its providers, and its cases, not made yet."""
     if device != "cuda":
         packs = {"3 x 5": (5,) * 3, "pack of 40": lognormal_lengths(40, 8, 16)}
-        heads, rows, vocabularies = [(2, 1, 16)], [6], [(16, 40)]
+        heads, rows, vocabularies, forks = [(2, 1, 16)], [6], [(16, 40)], [(2, 3, 7, 2, 2, 1, 16)]
     else:
         packs = {f"16k tokens, S {S}": (S,) * (16384 // S) for S in ((4096,) if quick else (1024, 4096, 16384))}
         packs["64k pack"] = lognormal_lengths(65536, 1024, 8192)
         heads = [(16, 8, 128)] if quick else [(32, 8, 64), (16, 8, 128), (12, 2, 128)]
         rows = [16384] if quick else [4096, 16384, 65536]
         vocabularies = [(1536, 151936)] if quick else [(896, 151936), (1536, 151936), (2048, 128256)]
+        forks = [(S, M, 4096, 256, 12, 2, 128) for S, M in ([(64, 16)] if quick else [(64, 16), (1, 64), (64, 1)])]
     return {"attention": (ATTENTION, [partial(attention_case, name, lengths, *shape, device, dtype)
                                       for name, lengths in packs.items() for shape in heads]),
-            "logprob": (LOGPROB, [partial(logprob_case, N, C, V, device, dtype) for C, V in vocabularies for N in rows])}
+            "logprob": (LOGPROB, [partial(logprob_case, N, C, V, device, dtype) for C, V in vocabularies for N in rows]),
+            "decode": (DECODE, [partial(decode_case, *shape, device, dtype) for shape in forks])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Time the training kernels and their peers.")
-    parser.add_argument("--only", choices=("attention", "logprob"), help="one of the kernels (default: both)")
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Time the kernels and their peers.")
+    parser.add_argument("--only", choices=("attention", "logprob", "decode"), help="one of the kernels (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few shapes, 10 repetitions")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: exercises the program, measures nothing")
     parser.add_argument("--out", type=Path, help="folder of the .json and .png (default: results; a dry run: a temporary one)")
@@ -479,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
 
     best = machine(device, dtype, least, most)
-    matmul = best[1]["value"]
+    copy, matmul = (row["value"] for row in best)
     print(table(best, {"machine": lambda row: row["what"], "rate": lambda row: f"{row['value']:.4g} {row['unit']}"}), flush=True)
     chosen = {kind: part for kind, part in plan(device, dtype, args.quick).items() if args.only in (None, kind)}
     tables = {kind: [] for kind in chosen}
@@ -492,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 del case  # its tensors make room for the next one's
                 bar.update()
     for kind, rows in tables.items():
-        compare(rows, matmul)
+        compare(rows, matmul, copy)
         print(f"\n### {kind}\n\n{table(rows)}")
 
     gpu = torch.cuda.get_device_name() if device == "cuda" else "dry run on a CPU"
@@ -500,7 +552,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "-".join(filter(None, ["kernels", slug, args.only, args.quick and "quick"]))
     versions = {package: getattr(sys.modules.get(package), "__version__", None) for package in ("torch", "triton")}
     write_json(folder / f"{name}.json", {"gpu": gpu, "versions": versions, "commit": commit(), "machine": best, "rows": tables})
-    figure(folder / f"{name}.png", tables, matmul)
+    figure(folder / f"{name}.png", tables, matmul, copy)
     print(f"\n{folder / name}.json and .png")
     failed = [row for rows in tables.values() for row in rows if row["provider"] == OURS and "reason" in row]
     return 1 if failed else 0

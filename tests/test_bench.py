@@ -56,6 +56,15 @@ def test_every_provider_of_a_case_gives_the_same_gradients():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_every_way_of_decoding_gives_the_same():
+    """And the bytes are those of a cache in which nothing lies twice."""
+    case = bench.decode_case(2, 3, 7, 2, 2, 1, 16, "cpu", torch.float32)
+    assert case.bytes == 2 * 4 * 16 * (2 * 7 + 6 * 2) and case.goal(bench.FORWARD) is None
+    results = [provider.prepare(case).forward().flatten() for provider in bench.DECODE]
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, atol=1e-5, rtol=1e-5)
+
+
 def test_a_padded_pack_holds_the_pack():
     lengths = (2, 5, 3)
     case = bench.attention_case("", lengths, 2, 1, 16, "cpu", torch.float32)
@@ -75,7 +84,7 @@ def test_a_failing_provider_is_a_row_with_its_reason():
     assert [row["pass"] for row in rows] == [None, None, bench.FORWARD, bench.BOTH]
     assert rows[0]["reason"].startswith("not available: no such | kernel and") and len(rows[0]["reason"]) < 120
     assert "GB are free" in rows[1]["reason"]
-    bench.compare(rows, 1.0)
+    bench.compare(rows, 1.0, 1.0)
     lines = bench.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
 
@@ -83,8 +92,10 @@ def test_a_failing_provider_is_a_row_with_its_reason():
 def test_ratio_is_against_the_best_peer():
     row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "tflops": 4.0}
     rows = [row("nanomrt", 2.0), row("nanomrt, one pass", 1.0), row("a", 3.0), row("b", 4.0), row("c", None)]
-    bench.compare(rows, 8.0)
-    assert [x.get("ratio") for x in rows] == [1.5, 3.0, 1.0, 0.75, None] and rows[0]["share"] == 0.5
+    rows[1]["gbs"] = 4.0
+    bench.compare(rows, 8.0, 16.0)
+    assert [x.get("ratio") for x in rows] == [1.5, 3.0, 1.0, 0.75, None]
+    assert [x.get("share") for x in rows] == [0.5, 0.25, 0.5, 0.5, None]
 
 
 def test_memory_that_runs_out_while_measuring_drops_one_provider():
@@ -94,20 +105,21 @@ def test_memory_that_runs_out_while_measuring_drops_one_provider():
     assert bench.measure([(lambda: 1, fails), (lambda: 1, lambda x: x)], "cpu", 1, 3)[0] is None
 
 
-@pytest.mark.parametrize("only", [None, "attention", "logprob"])
+@pytest.mark.parametrize("only", [None, "attention", "logprob", "decode"])
 def test_dry_run(only, tmp_path, capsys):
     """From end to end: tables on the screen, every row in the file, a figure beside it."""
     assert bench.main(["--dry-run", "--out", str(tmp_path / "new"), *(["--only", only] if only else [])]) == 0
     name = "kernels-dry-run-on-a-cpu" + (f"-{only}" if only else "")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [f"{name}.json", f"{name}.png"]
     saved = json.loads((tmp_path / "new" / f"{name}.json").read_text())
-    assert set(saved["rows"]) == ({only} if only else {"attention", "logprob"}) and len(saved["machine"]) == 2
+    assert set(saved["rows"]) == ({only} if only else {"attention", "logprob", "decode"}) and len(saved["machine"]) == 2
     assert saved["versions"]["torch"] == torch.__version__
     for rows in saved["rows"].values():
         mine = [row for row in rows if row["provider"] == "nanomrt"]
         assert mine and all(row["ms"] > 0 and row["share"] > 0 for row in mine)
     shown = capsys.readouterr().out
-    assert "| nanomrt" in shown and ("### attention" in shown) == (only != "logprob")
+    assert "| nanomrt" in shown and ("### attention" in shown) == (only in (None, "attention"))
+    assert ("GB/s" in shown.partition("### ")[2]) == (only in (None, "decode"))
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch):
@@ -116,7 +128,7 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch):
         bench.main([])
 
 
-@pytest.mark.parametrize("arguments", [["--only", "decode"], ["--nonsense"], ["--out"]])
+@pytest.mark.parametrize("arguments", [["--only", "sampler"], ["--nonsense"], ["--out"]])
 def test_wrong_arguments_end_with_usage(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--dry-run", *arguments])
