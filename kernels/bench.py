@@ -260,7 +260,8 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
     draw, R = random_tensors(device, dtype), S * M
     place = torch.arange(R, device=device)
     prefix, suffix = [draw(S, K, L, D) for _ in "kv"], [draw(R, K, t, D) for _ in "kv"]
-    inputs = (draw(R, H, D), *prefix, torch.zeros(S, M, L, device=device), place.view(S, M), place, *suffix)
+    inputs = (draw(R, H, D), *prefix, torch.zeros(S, M, L, device=device), place.view(S, M), place, *suffix,
+              torch.full((R,), t, device=device))
     flops = {FORWARD: 4 * H * D * R * (L + t)}
     return Case(f"{S} x {M} branches, {L} + {t} entries, H {H} K {K} D {D}", inputs, inputs[0], flops, (L + t,) * R,
                 sum(x.nbytes for x in (*prefix, *suffix)))
@@ -268,15 +269,15 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
 
 def decode(shared: bool, case: Case) -> Call:
     attend = kernels.fused_branch_attention if fused(case) else reference.branch_attention
-    q, *prefix, unseen, group, place, suffix_k, suffix_v = case.inputs
+    q, *prefix, unseen, group, place, suffix_k, suffix_v, length = case.inputs
     if not shared:
         prefix = [x.repeat_interleave(group.shape[1], 0) for x in prefix]  # (R,K,L,D)
         unseen, group = unseen.flatten(0, 1)[:, None], group.flatten()[:, None]  # (R,1,L), (R,1)
-    return Call(lambda: attend(q, *prefix, unseen, group, place, suffix_k, suffix_v), (), case.upstream)
+    return Call(lambda: attend(q, *prefix, unseen, group, place, suffix_k, suffix_v, length), (), case.upstream)
 
 
 def decode_sdpa(case: Case) -> Call:
-    q, *prefix, _, group, _, suffix_k, suffix_v = case.inputs
+    q, *prefix, _, group, _, suffix_k, suffix_v, _ = case.inputs
     join = lambda a, b: torch.cat([a.repeat_interleave(group.shape[1], 0), b], 2)  # (R,K,L+t,D)
     k, v = map(join, prefix, (suffix_k, suffix_v))
     return Call(lambda: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True), (), case.upstream)
