@@ -148,10 +148,10 @@ def outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
 
 
 def short_outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
-    """GRPO with a price on tokens: reward · (1 - length_penalty · tokens / thinking_budget). Only right answers pay: else
+    """GRPO with a price on tokens: reward · (1 - length_penalty · min(1, tokens / thinking_budget)). Only right answers pay: else
     the shortest wrong answer would be the best of a group that finds none. Arora and Zanette, arXiv 2502.04463."""
     tokens = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.is_action.float())  # (B,)
-    reward = batch.reward * (1 - config.length_penalty * tokens / config.thinking_budget)
+    reward = batch.reward * (1 - config.length_penalty * (tokens / config.thinking_budget).clamp(max=1))
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
 
 

@@ -158,6 +158,21 @@ def test_rloo_is_the_exact_leave_one_out_mean(rows):
         assert got == pytest.approx(rows[i][0] - sum(others) / len(others) if others else 0.0, abs=1e-6)
 
 
+@given(st.lists(st.tuples(st.integers(1, 18), st.booleans()), min_size=2, max_size=8), st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_being_short_pays_only_for_who_is_right(rows, penalty):
+    """All wrong answers of a group have one advantage, whatever their length, and 0 if nobody is right; no right answer is worth
+    less than a wrong one, also beyond the budget and at the full penalty; of two right ones the shorter isn't worth less."""
+    batch = make_batch([n + 1 for n, _ in rows], [float(right) for _, right in rows], [0] * len(rows))
+    A = [row[0] for row in per_row(batch, short_outcome_credit(batch, None, options(length_penalty=penalty)))]
+    wrong, right = ([(n, a) for (n, good), a in zip(rows, A) if good == kind] for kind in (False, True))
+    assert len({a for _, a in wrong}) <= 1 and (right or not any(A))
+    assert all(a >= b for _, a in right for _, b in wrong)
+    assert all(a >= b for n, a in right for m, b in right if n < m)
+    if penalty == 0:
+        assert A == [row[0] for row in per_row(batch, outcome_credit(batch, None, options()))]
+
+
 def test_only_the_mrt_credits_heed_alpha_and_gamma():
     """The other six are what they are."""
     batch, episodes = example()
