@@ -192,7 +192,7 @@ def anytime_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
     C, device = config.thinking_budget, batch.tokens.device
     J, s = value_over_tokens(batch, episodes, C)  # (B,C+1), (N,)
     t, so_far = torch.arange(C + 1, device=device), J.cumsum(1)
-    ahead, past = (so_far[:, -1:] - so_far + J) / C, (so_far - J) / t.clamp(min=1)  # (B,C+1) R, and the mean J before
+    ahead, past = (so_far[:, C - 1 : C] - so_far + J) / C, (so_far - J) / t.clamp(min=1)  # (B,C+1) R, and the mean J before
     _, group, size = batch.prompt_id.unique(return_inverse=True, return_counts=True)
     shared = ahead.new_zeros(len(size), C + 1).index_add(0, group, ahead) / size[:, None]  # (P,C+1)
     baseline = t / C * past * (C - t) / C + (1 - t / C) * shared[group]

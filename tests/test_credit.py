@@ -99,6 +99,19 @@ def test_value_by_hand():
     assert per_row(batch, value_credit(batch, episodes, options())) == [[-0.25] * 2 + [0.75] * 3 + [-1.0] * 2]
 
 
+def test_anytime_by_hand():
+    """C = 10. Rollout 1: J = .25, .25, 0, 0, 0, then 1 (solved, and then the answer) for five: R(0) = .55, R(2) = R(5) = .5.
+    Rollout 2: .25 three times, then the wrong answer's 0: R(0) = .075, R(2) = .025, R(3) = R(5) = 0."""
+    batch, episodes = example()
+    past, shared = lambda s, mean: s / 10 * mean * (10 - s) / 10, lambda s, mean: (1 - s / 10) * mean
+    one = [0.55 - 0.3125] * 2 + [0.5 - past(2, 0.25) - shared(2, 0.2625)] * 3 + [0.5 - past(5, 0.1) - shared(5, 0.25)] * 2
+    two = [0.075 - 0.3125] * 3 + [0.0 - past(3, 0.25) - shared(3, 0.25)]
+    assert per_row(batch, anytime_credit(batch, episodes, options())) == [pytest.approx(one), pytest.approx(two)]
+    J, s = value_over_tokens(batch, episodes, 10)
+    assert J.tolist() == [[0.25] * 2 + [0.0] * 3 + [1.0] * 6, [0.25] * 3 + [0.0] * 8]
+    assert per_row(batch, s) == [[0, 0, 2, 2, 2, 5, 5], [0, 0, 0, 3]]
+
+
 def test_imitation_by_hand():
     """star and mrt_star: 1 for every action of what is right; sft: 1 for every action."""
     batch, _ = example()
@@ -125,6 +138,35 @@ def own_episodes(batch: Batch, episodes: Episodes, r: int) -> list[tuple[int, in
     begin = int(batch.offset[r]) + 1
     columns = (episodes.start - begin, episodes.end - begin, episodes.J_before, episodes.J_after)
     return list(zip(*(x[episodes.row == r].tolist() for x in columns), strict=True))
+
+
+@given(whole_traces(), st.sampled_from([6, 10, 20]))
+@settings(max_examples=40, deadline=None)
+def test_anytime_token_by_token(traces, C):
+    """J after t tokens, its integral from s to C (one summand per token), the mean before s and the group's mean, in loops."""
+    batch, episodes = traces
+    B = len(batch.lengths)
+    J, thinking = [], []
+    for r in range(B):
+        own = own_episodes(batch, episodes, r)
+        thinking.append(min(own[-1][1], C) if own else 0)
+        J.append([])
+        for t in range(C):
+            value = own[0][2] if own else 0.0
+            for _, end, _, after in own:
+                value = after if t >= end else value
+            J[r].append(value if t < thinking[r] else float(batch.reward[r]))
+    R = lambda r, s: sum(J[r][s:]) / C
+    expected = []
+    for r in range(B):
+        group, row = [i for i in range(B) if batch.prompt_id[i] == batch.prompt_id[r]], []
+        for t in range(int(batch.lengths[r]) - 1):
+            s = min(next((start for start, end, *_ in own_episodes(batch, episodes, r) if start <= t < end), thinking[r]), C)
+            past = sum(J[r][:s]) / s if s else 0.0
+            row.append(R(r, s) - s / C * past * (C - s) / C - (1 - s / C) * sum(R(i, s) for i in group) / len(group))
+        expected.append(row)
+    got = per_row(batch, anytime_credit(batch, episodes, options(thinking_budget=C)))
+    assert got == [pytest.approx(row, abs=1e-5) for row in expected]
 
 
 @given(whole_traces())
@@ -265,6 +307,21 @@ def test_vineppo_with_the_true_V_has_the_policy_gradient_itself(theta):
     exact = gradient(theta, (probability(theta) * REWARD).sum())
     assert close(expected_gradient(theta, value_credit, values_of(theta), (2, 3, 4)), exact, 1e-6)
     assert not close(expected_gradient(theta, value_credit, J_TABLE, (2, 3, 4)), exact, 1e-2)
+
+
+def test_anytime_climbs_the_accuracy_at_a_uniformly_drawn_budget(theta):
+    """What is exact: episode j's own gradient E[R(s_j) grad log pi(z_j)] arrives times 1 - (1 - s_j/C)/G. The past and the others
+    of the group are baselines; the rollout's own share 1/G of its group's mean isn't one, and it counts less the later it is.
+    So, as with the mean in GRPO, only the first episode's share is the usual 1 - 1/G, and as G grows all become 1: then the sum
+    is the gradient of E[R(0)], the accuracy at a uniform budget."""
+    C = 4  # J after 0, 1, 2 tokens, and the reward once the third, the answer, is due: t = 2 on
+    J = J_TABLE[prefix_index(SEQUENCES)]  # (27,3)
+    R = torch.stack([J[:, 0] + J[:, 1] + 2 * REWARD, J[:, 1] + 2 * REWARD, 2 * REWARD], dim=1) / C  # (27,3) R(0), R(1), R(2)
+    p, logprob = probability(theta), sequence_logprobs(theta, SEQUENCES)
+    share = lambda G: 1 - (1 - torch.arange(3) / C) / G  # (3,) s_j = 0, 1, 2
+    exact = lambda share: gradient(theta, (p.detach()[:, None] * share * R * logprob).sum())
+    assert close(exact(share(torch.inf)), gradient(theta, (p * R[:, 0]).sum()), 1e-12)
+    assert close(expected_gradient(theta, anytime_credit, J_TABLE, (2, 3), thinking_budget=C), exact(share(G)), 1e-6)
 
 
 def test_the_backtracking_bonus_is_a_baseline_of_the_context(theta):
