@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,9 @@ import train
 from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.config import UserError, load_config, parse_overrides
+from nanomrt.model import Packed
+from nanomrt.mrt import Batch, token_weights
+from nanomrt.rollout import written
 from nanomrt.run import Run
 from nanomrt.warmstart import cached_warm_start
 
@@ -209,6 +213,53 @@ def test_a_skipped_update_leaves_the_parameters_alone(out, monkeypatch):
     monkeypatch.setattr(train, "clipped_loss", lambda logprob, *_: (logprob * float("nan")).sum())
     with pytest.raises(UserError, match="three gradients in a row"):
         run_tiny(out)
+
+
+@pytest.fixture
+def imitated(task) -> tuple[Batch, torch.Tensor]:
+    """Three search traces and a worth for every token. Their log-probs are nonsense: nobody sampled them."""
+    problems = task.problems("train", 3, 0)
+    tokens = [task.prompt(p) + task.warm_trace(p, random.Random(i))[0] for i, p in enumerate(problems)]
+    batch = written(task, problems, [0, 1, 2], tokens).batch()
+    g = torch.Generator().manual_seed(0)
+    return replace(batch, logprob=torch.randn(batch.logprob.shape, generator=g)), torch.rand(len(batch.tokens), generator=g)
+
+
+def update_gradient(model, batch, advantage, folder, **keys) -> list[torch.Tensor]:
+    """What `update` leaves in the parameters' .grad, unclipped, with a learning rate of almost 0."""
+    config = replace(load_config(ROOT / "config/tiny.py"), **dict(minibatches=1, grad_clip=1e9, learning_rate=1e-12) | keys)
+    train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantage, None, Run(config, folder, "cpu"))
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "star", "mrt_star"])
+@pytest.mark.parametrize("loss_norm", ["token", "sequence"])
+def test_the_supervised_update_is_the_gradient_of_the_likelihood(model, imitated, tmp_path, algorithm, loss_norm):
+    """-sum w A log p over all tokens after the prompts, scored from scratch; however the batch is cut, and whatever the keys of
+    the policy gradient and the recorded log-probs are."""
+    batch, advantage = imitated
+    got = update_gradient(model, batch, advantage, tmp_path, algorithm=algorithm, loss_norm=loss_norm)
+    model.zero_grad()
+    loss, weight = 0.0, token_weights(batch, loss_norm, 0, "zero")
+    for ids, w, A in zip(*(x.split(batch.lengths.tolist()) for x in (batch.tokens, weight, advantage)), strict=True):
+        packed = Packed.of(torch.tensor([len(ids)]))
+        logprob = (model(ids, packed.position_ids, packed) @ model.head.T).log_softmax(-1)
+        loss = loss - (w[1:] * A[1:] * logprob[:-1].gather(1, ids[1:, None]).squeeze(1)).sum()
+    loss.backward()
+    for mine, parameter in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, atol=1e-6, rtol=1e-3)
+    other = update_gradient(model, replace(batch, logprob=batch.logprob * 0), advantage, tmp_path, algorithm=algorithm,
+                            loss_norm=loss_norm, alpha=0.0, gamma=1.0, clip_low=0.0, clip_high=0.0, forks=3,
+                            fork_temperature=1.0, advantage_norm="rloo", micro_batch_tokens=60)
+    for mine, again in zip(got, other, strict=True):
+        torch.testing.assert_close(mine, again, atol=1e-6, rtol=1e-3)
+
+
+def test_a_policy_gradient_does_heed_the_recorded_logprobs(model, imitated, tmp_path):
+    """The counterpart: with the same nonsense as old log-probs, clipping cuts most of the gradient."""
+    batch, advantage = imitated
+    sft, grpo = (update_gradient(model, batch, advantage, tmp_path, algorithm=name) for name in ("sft", "grpo"))
+    assert not torch.allclose(sft[0], grpo[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("words, message", [
