@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.countdown import MAX_ANSWER_CHARS, SPLITS, Countdown, Problem, evaluate, last_answer, solve
+from data.countdown import MAX_ANSWER_CHARS, SPLITS, Chain, Countdown, Problem, evaluate, last_answer, solve
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = Problem((3, 7, 4), 25)
@@ -472,6 +472,114 @@ def test_a_hint_is_a_solution():
         check_trace(guesser, problem, ids, weights)
 
 
+# --- Going back ---
+
+BACK = Countdown(backtrack=1.0, give_up=0.0, hint=0.0, go_on=0.0)  # after a failure it always goes back
+
+
+def test_an_attempt_from_a_running_result():
+    """`kept` operations of the last attempt are not written again: `<back>` and their result stand for them."""
+    chain = Chain((7, 4, 3, 2), ("+", "*", "-"), (11, 33, 31))
+    assert [" ".join(chain.attempt(kept)) for kept in range(3)] == [
+        "<try> 7 + 4 11 * 3 33 - 2 31", "<back> 11 * 3 33 - 2 31", "<back> 33 - 2 31"]
+
+
+@pytest.mark.parametrize("used", [3, 4])
+def test_back_from_shares_what_it_keeps_and_ends_right_if_it_can(used):
+    """The first kept + 1 numbers and kept operations are the failed attempt's, kept is anything below used - 1 equally often, and
+    the way is another one that reaches the target, if any does, else any other; without another: the same, from the beginning."""
+    task, rng, counts, alone = Countdown(**VARIANTS["four of four" if used == 4 else "three of three"]), random.Random(0), [], 0
+    for problem in task.problems("train", 20, "back"):
+        proposals = [chain for chains in task.chains(problem).values() for chain in chains]
+        for failed in rng.choices([chain for chain in proposals if chain.results[-1] != problem.target], k=20):
+            way, kept = task.back_from(failed, proposals, problem.target, rng)
+            shares = lambda other, kept=kept, failed=failed: (other.numbers[: kept + 1], other.ops[:kept]) == (
+                failed.numbers[: kept + 1], failed.ops[:kept])
+            if way == failed:
+                assert kept == 0
+                alone += 1
+                continue
+            counts.append(kept)
+            assert shares(way) and way.results[:kept] == failed.results[:kept]
+            possible = any(shares(other) and other.results[-1] == problem.target for other in proposals)
+            assert (way.results[-1] == problem.target) == possible
+    assert set(counts) == set(range(used - 1))
+    assert alone < 60 and abs(counts.count(0) / 400 - 1 / (used - 1)) < 0.1
+    only = Chain((7, 4, 3), ("+", "*"), (11, 33))
+    assert Countdown().back_from(only, [only], 25, rng) == (only, 0)
+
+
+def episodes_of(task: Countdown, ids: list[int]) -> list[list[str]]:
+    """The words of each episode."""
+    ends = task.episode_ends(ids)
+    return [task.tokenizer.decode(ids[a:b]).split() for a, b in zip([0, *ends], ends)]
+
+
+@pytest.mark.parametrize("name", ["three of three", "four of four", "with division"])
+def test_backtracking_traces_are_right_in_their_arithmetic(name):
+    """Each `<back>` names a running result of the attempt before it, as that stands with all that it had kept; its chain uses the
+    numbers kept and its own, each as often as given; what it says of the target is true; the answer is the last attempt's."""
+    task, back = Countdown(**VARIANTS[name], backtrack=0.7), 0
+    for problem, ids, weights in traces(task, 60):
+        numbers, results = [], []
+        for episode in episodes_of(task, ids):
+            head, first, *steps, check = episode
+            if head == "<try>":
+                numbers, results = [int(first)], []
+            else:
+                kept = next(k for k, result in enumerate(results) if result == int(first) and  # which, if two are equal:
+                            len(numbers) - 1 - k - 1 == len(steps) // 3) + 1  # as many operations as are missing follow
+                numbers, results, back = numbers[: kept + 1], results[:kept], back + 1
+            value = Fraction(int(first))
+            for op, number, result in zip(steps[::3], map(int, steps[1::3]), map(int, steps[2::3])):
+                value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[op]
+                assert value == result and 1 <= value <= task.max_value
+                numbers, results = [*numbers, number], [*results, result]
+            assert len(numbers) == task.used and all(numbers.count(n) <= problem.numbers.count(n) for n in numbers)
+            assert check == ("yes" if value == problem.target else "no")
+        if numbers:
+            value, used = evaluate(last_answer(task.tokenizer.decode(ids)))
+            assert (value, used) == (results[-1], tuple(sorted(numbers)))
+            assert task.grade(problem, task.tokenizer.decode(ids)) == (results[-1] == problem.target)
+        assert len(ids) == len(weights)
+    assert back > 30
+
+
+def test_weights_of_going_back():
+    """`<back>` and results 1, the result that it names, operations and numbers 0.5, the check 1 or, for a `yes`, 2."""
+    seen = set()
+    for _, ids, weights in traces(BACK, 40):
+        start = 0
+        for words in episodes_of(BACK, ids):
+            steps = len(words) // 3 - 1
+            expected = [1.0, 0.5, *[0.5, 0.5, 1.0] * steps, 2.0 if words[-1] == "yes" else 1.0]
+            assert weights[start : start + len(words)] == expected
+            seen.add((words[0], steps, words[-1]))
+            start += len(words)
+    assert {("<try>", 2, "no"), ("<back>", 1, "no"), ("<back>", 1, "yes")} <= seen
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_how_often_a_failure_is_gone_back_from(rate):
+    """With used = 3 half of the ways back keep the first operation, and read `<back>` where it has another way on; the other
+    half keep the first number and read as a new `<try>`. After a success or at first there is no going back."""
+    task = Countdown(backtrack=rate, repeat=0.0, hint=0.0, max_solutions=4)
+    backs, chances, other = 0, 0, 0
+    for problem, ids, _ in traces(task, 500):
+        rows = episodes_of(task, ids)
+        proposals = [chain for chains in task.chains(problem).values() for chain in chains]
+        assert not rows or rows[0][0] == "<try>"
+        for before, now in zip(rows, rows[1:]):
+            if before[-1] == "yes":
+                assert now[0] == "<try>"
+                continue
+            if before[0] == "<try>":  # its first two numbers stand in it
+                ways = sum((str(c.numbers[0]), c.ops[0], str(c.numbers[1])) == tuple(before[1:4]) for c in proposals)
+                chances, other, backs = chances + 1, other + (ways > 1), backs + (now[0] == "<back>")
+    share = rate / 2 * other / chances
+    assert chances > 500 and abs(backs / chances - share) <= 4 * (share * (1 - share) / chances) ** 0.5
+
+
 # --- Episodes ---
 
 
@@ -490,6 +598,9 @@ def test_a_hint_is_a_solution():
     ("</think> <try> 4", []),
     ("<try> 3 no </answer>", [3]),  # a stray stop token ends the thinking too; it belongs to no episode
     ("</answer>", []),
+    ("<try> 3 no <back> 4 no </think>", [3, 6]),  # going back is an episode too
+    ("<back> 4 no <try> 3", [3, 5]),
+    ("</think> <back> 4", []),
 ])
 def test_episode_ends(response, ends, task):
     """Exclusive: before the next `<try>`, before `</think>` or a stray `</answer>`, or where the response was cut off."""
@@ -497,16 +608,16 @@ def test_episode_ends(response, ends, task):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(["<try>", "3", "no", "</think>", "</answer>"]), max_size=25))
+@given(st.lists(st.sampled_from(["<try>", "<back>", "3", "no", "</think>", "</answer>"]), max_size=25))
 def test_episodes_partition_the_thinking(words):
-    """With an episode, 0 < ends ascending, the last is where the thinking ends, and each episode has exactly one `<try>`."""
+    """With an episode, 0 < ends ascending, the last is where the thinking ends, and each has exactly one `<try>` or `<back>`."""
     task = Countdown()
     ids = task.tokenizer.encode(" ".join(words))
     thinking = list(itertools.takewhile(lambda token: token not in (task.close_thinking, task.stop), ids))
     ends = task.episode_ends(ids)
     parts = [ids[a:b] for a, b in zip([0, *ends], ends)]
-    assert len(ends) == thinking.count(task.open_episode)
-    assert all(part.count(task.open_episode) == 1 for part in parts)
+    opens = lambda ids: ids.count(task.open_episode) + ids.count(task.go_back)
+    assert len(ends) == opens(thinking) and all(opens(part) == 1 for part in parts)
     assert sum(parts, []) == (thinking if ends else [])
 
 
@@ -624,3 +735,13 @@ def test_habits_of_warm_traces_are_the_flaws_of_their_keys():
         "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1}
     rate = measure(Countdown(repeat=0.4, go_on=0.5, give_up=0.1, hint=0.0), 800)
     assert rate["loops"] == pytest.approx(0.4, abs=0.03) and rate["rechecks"] == pytest.approx(1, abs=0.15)
+
+
+def test_the_audit_reads_going_back(task):
+    """What follows `<back>` is an attempt like any other: 5 of 6 results are right, its `yes` counts, and so does its hit."""
+    row = "<try> 3 + 7 10 + 4 14 no <back> 10 * 4 41 no <try> 3 * 7 21 - 4 17 no <back> 21 + 4 25 yes </think> <answer>"
+    audit = task.audit([PROBLEM], [task.tokenizer.encode(row)], [0.0])
+    assert audit == {"result": 5 / 6, "check_precision": 1.0, "check_recall": 1.0, "answer": 0.0}
+    problems, rows, _ = zip(*traces(BACK, 40))
+    rewards = [BACK.grade(problem, BACK.tokenizer.decode(ids)) for problem, ids in zip(problems, rows)]
+    assert set(BACK.audit(problems, rows, rewards).values()) == {1.0}
