@@ -148,6 +148,8 @@ class RunConfig:
              f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             (self.alpha >= 0, "alpha must not be negative"),
+            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm not in ("sft", "star", "mrt_star", "vineppo"),
+             f"kl_estimator=k1_reward is part of the reward, whose size algorithm={self.algorithm} doesn't follow: use k2"),
             (0 <= self.length_penalty <= 1,
              "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),

@@ -132,6 +132,8 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--prompts_per_step=3 --group_size=3", r"prompts_per_step \* group_size = 9 must be divisible by minibatches=2"),
     ("", "--temperature=0", "temperature must be positive"),
     ("", "--alpha=-1", "alpha must not be negative"),
+    ("", "--kl_coef=0.1 --kl_estimator=k1_reward --algorithm=vineppo", "algorithm=vineppo doesn't follow: use k2"),
+    ("", "--kl_coef=0.1 --kl_estimator=k1_reward --algorithm=mrt_star", "algorithm=mrt_star doesn't follow: use k2"),
     ("", "--alpha=nan", "alpha"),
     ("", "--gamma=1.5", r"gamma must lie in 0\.\.1"),
     ("", "--learning_rate_end=2", r"learning_rate_end must lie in 0\.\.1"),
