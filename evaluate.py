@@ -2,6 +2,7 @@
 
     python evaluate.py out/small                                   test and OOD problems; a table and a figure
     python evaluate.py out/small out/small-alpha=0 --figure mrt-against-grpo.png
+    python evaluate.py out/small --test-time                       and what more tokens per problem can buy (nanomrt/search.py)
 
 Three questions, each answered with a 95 % interval over problems:
 - As trained: accuracy, tokens per right answer, pass@k and maj@k of rollouts under the training budget. A rollout that has
@@ -12,7 +13,6 @@ Three questions, each answered with a 95 % interval over problems:
 - Forced to go on (extrapolation): the same curve when every `</think>` is replaced by a new attempt. Does the policy make
   use of budgets that it was never trained with?
 
-Left out: linearised evaluation with a sliding window, and verifiers that select among samples (best of N).
 Dimension key: B rollouts, P problems, G samples per problem, b budgets of the grid.
 """
 
@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 from data.countdown import Countdown
-from nanomrt import checkpoint, report
+from nanomrt import checkpoint, report, search
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
-from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
+from nanomrt.rollout import Rollouts, answer_text, force_answers, roll_out, training_sampling
 from nanomrt.run import choose_device, generator_for
+from nanomrt.verifier import cached_verifier
 
 ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
 ROWS = 512  # rollouts sampled at a time: bounds the memory, does not change what is estimated
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Evaluate runs: a table, a figure, and `test` and `ood` in summary.json.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as out/small")
     parser.add_argument("--figure", type=Path, help="where to draw (default: figures/budget.png in the first run)")
+    parser.add_argument("--test-time", action="store_true",
+                        help="votes, a verifier's choice, beam search and endless thinking; trains the verifier if need be")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
     args = parser.parse_args(argv)
     from tqdm import tqdm
@@ -60,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
         config = replace(config, device=args.device or config.device)
-        model = checkpoint.load_model(folder, choose_device(config))
-        sections = evaluate_splits(model, Countdown.from_config(config), config, ["test", "ood"], tqdm)
+        model, task = checkpoint.load_model(folder, choose_device(config)), Countdown.from_config(config)
+        sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
+        if args.test_time:
+            verifier = cached_verifier(run, folder, model, task, config, tqdm)
+            sections["test_time"] = search.measure(model, verifier, task, distinct(task, "test", config.eval_problems, "eval"),
+                                                   config, "eval", lambda chunks: tqdm(chunks, desc="test time"))
         label = name if names.count(name) == 1 else str(run)
         summaries[label], folders[label] = update_summary(run / "summary.json", sections), run
     for split in ("test", "ood"):  # the best of all is known only now
@@ -71,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = args.figure or args.runs[0] / "figures" / "budget.png"
     budget_figure(figure, {label: summary["test"] for label, summary in summaries.items()})
     print(f"\n{figure}")
+    if args.test_time:
+        for label, summary in summaries.items():
+            figure = folders[label] / "figures" / "test_time.png"
+            print(f"\n{label}, test problems\n{search_table(summary['test_time'])}\n\n{figure}")
+            search_figure(figure, summary["test_time"], summary["test"]["budget_curve"])
     return 0
 
 
@@ -222,13 +234,6 @@ def thinking_tokens(task, response: Sequence[int]) -> int:
     return next((i for i, token in enumerate(response) if token in (task.close_thinking, task.stop)), len(response))
 
 
-def answer_text(task, response: Sequence[int]) -> str:
-    """What a rollout votes for: its answer as it is written, '' without a complete one."""
-    if response[-1] != task.stop or task.open_answer not in response:
-        return ""
-    return task.tokenizer.decode(response[len(response) - response[::-1].index(task.open_answer) :])
-
-
 # --- Showing ---
 
 
@@ -244,23 +249,33 @@ def summary_table(summaries: dict[str, dict]) -> str:
     lines = [(label, name, summary[name]) for label, summary in summaries.items()
              for name in ("warm_start", "test", "ood") if name in summary]
     horizons = sorted({h for _, _, section in lines for h in section["regret"]}, key=int)
-    show = lambda x, digits: f"{x['value']:.{digits}f} [{x['low']:.{digits}f} {x['high']:.{digits}f}]" if x else "-"
     rows = [("run", "problems", "accuracy", "tokens per right", "thinking tokens", *(f"regret to {h}" for h in horizons))]
     rows += [(label, name, show(section["accuracy"], 3), show(section["tokens_per_correct"], 1),
               show(section["mean_thinking_tokens"], 1), *(show(section["regret"].get(h), 3) for h in horizons))
              for label, name, section in lines]
+    return aligned(rows)
+
+
+def search_table(section: dict) -> str:
+    """A line per method and N (or attempts of a linearised trace), with what it costs."""
+    rows = [("method", "N", "accuracy", "tokens per problem", "tokens per right")]
+    rows += [(name, n, show(at["accuracy"], 3), f"{at['tokens']:.1f}", show(at["tokens_per_correct"], 1))
+             for name, by_n in section["methods"].items() for n, at in by_n.items()]
+    return aligned(rows)
+
+
+def show(leaf: dict | None, digits: int) -> str:
+    return f"{leaf['value']:.{digits}f} [{leaf['low']:.{digits}f} {leaf['high']:.{digits}f}]" if leaf else "-"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def budget_figure(path: Path, sections: dict[str, dict]) -> None:
     """Accuracy against thinking budget, runs overlaid: stopped (solid, its regret shaded) and forced to go on (dashed)."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = blank_figure()
     axes = figure.subplots()
     for (label, section), colour in zip(sections.items(), COLOURS * (1 + len(sections) // len(COLOURS))):
         for name, style, text in (("budget_curve", "-", label), ("extrapolation", "--", None)):
@@ -280,7 +295,36 @@ def budget_figure(path: Path, sections: dict[str, dict]) -> None:
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-    path = Path(path)
+    save_figure(figure, path)
+
+
+def search_figure(path: Path, section: dict, budget_curve: Sequence[dict]) -> None:
+    """Accuracy against generated tokens per problem: every method, and the policy alone, stopped at its budgets."""
+    figure = blank_figure()
+    axes = figure.subplots()
+    methods = {name: list(by_n.values()) for name, by_n in section["methods"].items()}
+    alone = [{"tokens": row["tokens"], "accuracy": row["J"]} for row in budget_curve]
+    for (name, points), colour in zip({"the policy alone, stopped": alone, **methods}.items(), ("#000000", *COLOURS)):
+        tokens = [point["tokens"] for point in points]
+        value, low, high = ([point["accuracy"][key] for point in points] for key in ("value", "low", "high"))
+        axes.plot(tokens, value, "--" if name == "oracle" else "-", color=colour, label=name.replace("_", " "), linewidth=1.8,
+                  marker="o", markersize=3)
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.set(xlabel="generated tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    save_figure(figure, path)
+
+
+def blank_figure():
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(7.5, 4.5), layout="constrained")
+
+
+def save_figure(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -80,13 +80,13 @@ def newest(checkpoints: Path) -> Path:
     raise FileNotFoundError(f"no good checkpoint in {checkpoints}: train first, with python train.py config/small.py")
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu") -> Llama:
+def load_model(folder: Path, device: str | torch.device = "cpu", kind: type[Llama] = Llama) -> Llama:
     """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises ValueError naming a key
     that is not supported, FileNotFoundError when a file is missing."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name}")
-    model = Llama(from_hf(json.loads((folder / "config.json").read_text())))
+    model = kind(from_hf(json.loads((folder / "config.json").read_text())))
     weights = load_file(folder / "model.safetensors")
     if model.config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])

@@ -88,6 +88,17 @@ def empirical_best(curves: Sequence[tuple[Sequence[float], Sequence[float]]], ho
     return max(max([float(np.interp(horizon, b, J)), *(value for at, value in zip(b, J) if at <= horizon)]) for b, J in curves)
 
 
+def auc(values: Sequence[float], right: Sequence[float]) -> float:
+    """The probability that a right one has the larger value than a wrong one; of equals, half. Without both kinds it is 1/2.
+
+    >>> auc([0.9, 0.4, 0.4, 0.1], [1, 1, 0, 0]), auc([0.3], [1])
+    (0.875, 0.5)
+    """
+    values, right = np.asarray(values, dtype=float), np.asarray(right) > 0
+    ahead = values[right][:, None] - values[~right]
+    return float((ahead > 0).mean() + (ahead == 0).mean() / 2) if ahead.size else 0.5
+
+
 def ratio(columns: np.ndarray) -> float:
     """The first column's sum over the second's, (n,2) -> a number: a ratio of totals, such as tokens per right answer.
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from evaluate import (
     summary_table,
     thinking_tokens,
 )
-from nanomrt import checkpoint
+from nanomrt import checkpoint, search, verifier
 from nanomrt.config import RunConfig, save_config
 from nanomrt.rollout import roll_out, training_sampling
 from nanomrt.run import UserError, generator_for
@@ -221,6 +222,23 @@ def test_command_line_writes_test_and_ood_keeps_the_rest_and_draws(run, task, ca
     again = run.parent / "again.png"
     assert evaluate.main([str(run), str(run), "--figure", str(again)]) == 0 and again.is_file()
     assert json.loads((run / "summary.json").read_text()) == summary  # the same problems, the same samples
+
+
+def test_test_time_trains_a_verifier_once_and_writes_a_section_a_table_and_a_figure(run, capsys, monkeypatch):
+    monkeypatch.setattr(search, "COUNTS", (1, 2))
+    monkeypatch.setattr(search, "ATTEMPTS", (1, 2))
+    monkeypatch.setattr(verifier, "PROBLEMS", 2)
+    monkeypatch.setattr(evaluate, "cached_verifier", partial(verifier.cached_verifier, steps=1))
+    save_config(replace(RUN, eval_problems=2), run / "config.json")
+    assert evaluate.main([str(run), "--test-time"]) == 0
+    shown, section = capsys.readouterr().out, json.loads((run / "summary.json").read_text())["test_time"]
+    assert section["problems"] == 2 and set(section["methods"]["beam"]) == {"1", "2"}
+    table = [line.split()[:2] for line in shown[shown.index("method") :].splitlines()]
+    assert table[:3] == [["method", "N"], ["majority", "1"], ["majority", "2"]] and len(section["methods"]) == 6
+    assert (run / "figures" / "test_time.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(verifier, "train", None)  # it is there
+    assert evaluate.main([str(run), "--test-time"]) == 0
+    assert json.loads((run / "summary.json").read_text())["test_time"] == section
 
 
 def test_user_mistakes_name_the_fix(run, tmp_path):

@@ -1,0 +1,222 @@
+"""Test-time methods against closed forms and brute force: subsets, the beam's survivors, what a sliding window holds."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import SOLVED, UNSOLVED, Scripted
+
+from nanomrt import search
+from nanomrt.config import RunConfig
+from nanomrt.metrics import maj_at_k, pass_at_k
+from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.search import (
+    CHOICES,
+    Attempt,
+    Sample,
+    Trace,
+    beam_search,
+    best_by_v,
+    commonest,
+    expanded,
+    last_closed,
+    linearised,
+    measure,
+    over_subsets,
+    survivors,
+    window,
+)
+from nanomrt.verifier import Verifier
+
+RUN = RunConfig(thinking_budget=36, eval_budget=54, trace_max_attempts=4, device="cpu")
+NONE = -math.inf
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Judge:
+    """Believes a rule, and remembers what it was asked."""
+
+    def __init__(self, rule):
+        self.rule, self.asked = rule, []
+
+    def values(self, tokens):
+        self.asked.append([list(row) for row in tokens])
+        return [self.rule(row) for row in tokens]
+
+
+# --- Choosing among samples ---
+
+SAMPLES = [Sample("a", 1.0, 0.3), Sample("b", 0.0, 0.9), Sample("a", 1.0, 0.6), Sample(None, 0.0, NONE), Sample("c", 0.0, 0.1),
+           Sample("d", 1.0, 0.7)]
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_choices_over_subsets_are_what_their_closed_forms_say(n):
+    right = [sample.right for sample in SAMPLES]
+    assert over_subsets(CHOICES["oracle"], SAMPLES, n) == pytest.approx(pass_at_k(6, 3, n))
+    ranked = sorted(SAMPLES, key=lambda sample: sample.v)  # the i-th lowest is the best of n if the others lie below it
+    best = sum(math.comb(i, n - 1) * sample.right for i, sample in enumerate(ranked)) / math.comb(6, n)
+    assert over_subsets(CHOICES["best_of_n"], SAMPLES, n) == pytest.approx(best)
+    voted = [maj_at_k([s.answer for s in some], [s.right for s in some]) for some in combinations(SAMPLES, n)]
+    assert over_subsets(CHOICES["majority"], SAMPLES, n) == pytest.approx(np.mean(voted))
+    assert all(over_subsets(choice, SAMPLES, 1) == pytest.approx(np.mean(right)) for choice in CHOICES.values())
+
+
+def test_a_choice_without_an_answer_is_wrong_and_ties_are_shared():
+    silent = [Sample(None, 0.0, NONE)] * 3
+    assert {choice(silent) for choice in CHOICES.values()} == {0.0}
+    assert best_by_v([Sample("a", 1.0, 0.8), Sample("b", 0.0, 0.8), Sample("c", 1.0, 0.2)]) == 0.5
+
+
+# --- Beam search ---
+
+
+def test_survivors_are_the_best_and_the_unfinished_among_them_fill_the_beam():
+    a, b, c, d = (Trace([i], i, v, done) for i, (v, done) in enumerate([(0.2, False), (0.9, True), (0.5, False), (0.5, False)]))
+    assert survivors([a, b, c, d], 3) == [b, c, d] and survivors([a], 3) == [a]
+    assert expanded([b, c, d], 6) == [c, d, c, d, c]  # the finished one holds a place
+    assert expanded([c], 4) == [c] * 4 and expanded([a, c], 2) == [a, c]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("closes, ready", [(20, 15), (36, 30), (37, 30), (1000, 0)])
+def test_a_beam_of_a_policy_without_choice_is_its_rollout_n_times(task, closes, ready, n):
+    """In time, at the last moment, one token too late, never: the verdict is that of a rollout, and all tokens are counted."""
+    policy, problems = Scripted(task, closes, ready), [SOLVED, UNSOLVED]
+    rollouts = roll_out(policy, task, problems, 1, training_sampling(task, RUN), seeded())
+    verdict, spent = beam_search(policy, Judge(lambda row: 0.5), task, problems, RUN, n, seeded())
+    assert verdict == rollouts.reward
+    assert spent == [n * len(rollouts.response(row)) for row in range(2)]
+
+
+def test_only_the_best_partial_traces_are_gone_on_from(task, model):
+    """A judge that likes small token sums and no answers: what it sees next always extends one of the two that it liked best."""
+    judge = Judge(lambda row: 0.0 if row[-1] == task.stop else 1 / (1 + sum(row)))
+    problem = task.problems("test", 1, 0)
+    prompt = task.prompt(problem[0])
+    _, [spent] = beam_search(model, judge, task, problem, RUN, 4, seeded(3))
+    assert len(judge.asked) > 3 and [len(rows) for rows in judge.asked[:2]] == [4, 4]
+    for before, after in zip(judge.asked, judge.asked[1:]):
+        best = sorted(before, key=judge.rule, reverse=True)[:2]
+        assert all(any(row[: len(seen)] == seen for seen in best) for row in after)
+    assert max(map(len, judge.asked[-1])) <= len(prompt) + RUN.thinking_budget + 10 + task.attempt_tokens
+    assert spent >= sum(len(row) - len(prompt) for row in judge.asked[0])
+
+
+def test_a_beam_ends_with_its_best_trace_and_its_verdict(task):
+    """A judge that loves an answer ends the search as soon as there is one; one that hates it lets it stand to the end."""
+    policy = Scripted(task, 20, 15)
+    for love in (1.0, 0.0):
+        judge = Judge(lambda row, love=love: love if row[-1] == task.stop else 0.5)
+        assert beam_search(policy, judge, task, [SOLVED], RUN, 2, seeded()) == ([1.0], [60])
+
+
+def test_beams_of_several_problems_do_not_mix(task, model):
+    problems = task.problems("test", 3, 1)
+    judge = Judge(lambda row: 1 / (1 + sum(row)))
+    verdict, spent = beam_search(model, judge, task, problems, RUN, 2, seeded())
+    assert len(verdict) == len(spent) == 3 and min(spent) > 0
+    prompts = [task.prompt(problem) for problem in problems]
+    assert all(any(row[: len(prompt)] == prompt for prompt in prompts) for rows in judge.asked for row in rows)
+    assert (verdict, spent) == beam_search(model, Judge(judge.rule), task, problems, RUN, 2, seeded())
+
+
+# --- The window of a linearised trace ---
+
+
+@pytest.mark.parametrize("keep", range(5))
+@pytest.mark.parametrize("room", [0, 1, 5, 9, 20, 1000])
+def test_a_window_is_the_longest_run_of_last_whole_episodes_that_fits(keep, room):
+    for lengths in ([], [9], [9, 9, 9], [1, 20, 3], [5, 4, 9, 1, 1, 6]):
+        ends = np.cumsum(lengths).tolist()
+        fitting = [k for k in range(min(keep, len(lengths)) + 1) if sum(lengths[len(lengths) - k :]) <= room]
+        assert window(ends, keep, room) == sum(lengths) - sum(lengths[len(lengths) - max(fitting) :])
+
+
+@pytest.fixture
+def contexts(monkeypatch) -> list[list[list[int]]]:
+    """What was put before the policy in each round."""
+    seen, prefill = [], search.prefill
+    monkeypatch.setattr(search, "prefill", lambda model, rows: seen.append(list(map(list, rows))) or prefill(model, rows))
+    return seen
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_a_linearised_trace_sees_its_prompt_and_its_last_episodes_and_outgrows_the_context(task, model, contexts, keep):
+    problems = task.problems("test", 2, 0)
+    found = linearised(model, task, problems, RUN, 45, keep, seeded())
+    assert [len(trace) for trace in found] == [45, 45]
+    assert all(sum(attempt.tokens for attempt in trace) > model.config.max_position_embeddings for trace in found)
+    for r, problem in enumerate(problems):
+        prompt, episodes = task.prompt(problem), []
+        for before, after, attempt in zip(contexts, contexts[1:], found[r]):
+            now, following = before[r], after[r]
+            assert now[: len(prompt)] == prompt and now[-1] in (task.open_episode, task.go_back)
+            assert now[len(prompt) : -1] == sum(episodes[max(0, len(episodes) - keep) :], [])
+            if keep:  # the episode that was made of this context: its opening and what was sampled, without what opens the next
+                new = following[len(prompt) : -1]
+                start = sum(map(len, episodes[max(0, len(episodes) - keep + 1) :])) if keep > 1 else 0
+                episodes.append(new[start:])
+                assert episodes[-1][0] == now[-1] and attempt.tokens - (len(episodes[-1]) - 1) in (0, 1)
+
+
+def test_a_window_shrinks_where_the_context_ends(task, model, contexts):
+    """With all episodes kept, the longest context leaves room for an attempt, the forced stop and an answer, and no more."""
+    problem = task.problems("test", 1, 0)
+    linearised(model, task, problem, RUN, 40, 1000, seeded())
+    longest = max(len(rows[0]) for rows in contexts)
+    free = model.config.max_position_embeddings - longest - task.attempt_tokens - len(task.forced_stop) - task.answer_tokens
+    assert 0 <= free < task.attempt_tokens + 1
+
+
+def test_a_policy_that_would_stop_is_made_to_try_again_and_that_is_noted(task):
+    """It writes <try> up to its 20th token, then </think>: always, as its position never grows past the window."""
+    found = linearised(Scripted(task, 0, 0), task, [SOLVED, UNSOLVED], RUN, 3, 2, seeded())
+    right = Attempt(1, "( 3 * 7 ) + 4 </answer>", 1.0, True)
+    assert found == [[right] * 3, [right._replace(right=0.0)] * 3]
+    [going] = linearised(Scripted(task, 100, 0), task, [SOLVED], RUN, 3, 2, seeded())
+    assert [attempt.closed for attempt in going] == [False] * 3  # each <try> opens the next attempt
+
+
+def test_votes_and_last_words_of_a_linearised_trace():
+    a, b, c = Attempt(9, "a", 0.0, False), Attempt(5, "b", 1.0, True), Attempt(7, None, 0.0, False)
+    assert commonest([a, b, b, c], 10) == (1.0, 66) and commonest([a, b], 10) == (0.5, 34) and commonest([c], 10) == (0.0, 17)
+    assert last_closed([a, b, c], 10) == (1.0, 31)
+    assert last_closed([b, a._replace(closed=True), c], 10) == (0.0, 31)
+    assert last_closed([b._replace(closed=False), a], 10) == (0.0, 24)  # it would never have stopped: the last of all
+
+
+# --- Measuring ---
+
+
+def test_a_section_counts_every_token_and_is_a_function_of_its_seed(task, model, monkeypatch):
+    monkeypatch.setattr(search, "COUNTS", (1, 2, 4))
+    monkeypatch.setattr(search, "ATTEMPTS", (1, 3))
+    problems, verifier = task.problems("test", 4, 0), Verifier.of(model)
+    section = measure(model, verifier, task, problems, RUN, "a")
+    assert list(section["methods"]) == ["majority", "best_of_n", "oracle", "beam", "linearised", "linearised_last"]
+    for name in ("majority", "best_of_n", "oracle"):
+        one, two, four = (section["methods"][name][n]["tokens"] for n in "124")
+        assert two == pytest.approx(2 * one) and four == pytest.approx(4 * one)
+    monkeypatch.setattr(search, "ROWS", 8)  # two chunks
+    seen = []
+    assert measure(model, verifier, task, problems, RUN, "a", lambda chunks: seen.extend(chunks) or chunks)["problems"] == 4
+    assert seen == [0, 2]
+
+
+def test_a_section_of_a_policy_that_solves_one_of_two_problems(task, monkeypatch):
+    """It needs 30 tokens for a rollout; every method finds the one answer and pays for all of its copies."""
+    monkeypatch.setattr(search, "ATTEMPTS", (1, 3))
+    section = measure(Scripted(task, 20, 15), Judge(lambda row: 0.5), task, [SOLVED, UNSOLVED], RUN, 0)
+    for name in ("majority", "best_of_n", "oracle", "beam"):
+        for n in search.COUNTS:
+            at = section["methods"][name][str(n)]
+            assert (at["accuracy"]["value"], at["tokens"], at["tokens_per_correct"]["value"]) == (0.5, 30 * n, 60 * n)
+    assert section["verifier_auc"] == 0.5 and section["problems"] == 2
+    assert [section["methods"]["linearised"][n]["tokens"] for n in "13"] == [11, 33]  # a token of an attempt, 10 of an answer
+    assert [section["methods"]["linearised_last"][n]["tokens"] for n in "13"] == [11, 13]
