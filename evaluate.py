@@ -258,8 +258,9 @@ def summary_table(summaries: dict[str, dict]) -> str:
 
 def search_table(section: dict) -> str:
     """A line per method and N (or attempts of a linearised trace), with what it costs."""
-    rows = [("method", "N", "accuracy", "tokens per problem", "tokens per right")]
-    rows += [(name, n, show(at["accuracy"], 3), f"{at['tokens']:.1f}", show(at["tokens_per_correct"], 1))
+    rows = [("method", "N", "accuracy", "tokens per problem", "tokens per right", "majority for as many")]
+    rows += [(name, n, show(at["accuracy"], 3), f"{at['tokens']:.1f}", show(at["tokens_per_correct"], 1),
+              "-" if at["majority"] is None else f"{at['majority']:.3f}")
              for name, by_n in section["methods"].items() for n, at in by_n.items()]
     return aligned(rows)
 

@@ -202,7 +202,8 @@ def last_closed(attempts: Sequence[Attempt], answer_tokens: int) -> tuple[float,
 
 def measure(model: Llama, verifier: Verifier, task, problems: Sequence, config: RunConfig, seed: int | str,
             progress: Callable[[Iterable], Iterable] | None = None) -> dict:
-    """The section `test_time` of summary.json: {method: {N, or attempts: accuracy, tokens per problem and per right answer}}.
+    """The section `test_time` of summary.json: {method: {N, or attempts: accuracy, tokens per problem and per right answer, and
+    the accuracy of a majority for as many tokens}}.
 
     `progress` wraps the chunks of problems, as tqdm does.
     """
@@ -223,11 +224,19 @@ def measure(model: Llama, verifier: Verifier, task, problems: Sequence, config: 
         for n in ATTEMPTS:
             add("linearised", n, [commonest(trace[:n], answer) for trace in traces])
             add("linearised_last", n, [last_closed(trace[:n], answer) for trace in traces])
+    methods = {name: {str(n): costed(np.array(rows)) for n, rows in by_n.items()} for name, by_n in measured.items()}
     return {
         "problems": len(problems), "window": WINDOW,
         "verifier_auc": auc([sample.v for sample in answers], [sample.right for sample in answers]),
-        "methods": {name: {str(n): costed(np.array(rows)) for n, rows in by_n.items()} for name, by_n in measured.items()},
+        "methods": {name: {n: at | {"majority": at_equal_tokens(methods["majority"], at["tokens"])} for n, at in by_n.items()}
+                    for name, by_n in methods.items()},
     }
+
+
+def at_equal_tokens(by_n: dict[str, dict], tokens: float) -> float | None:
+    """The accuracy that a method has for so many tokens, between its two neighbouring N; None beyond what was measured."""
+    spent, accuracy = [at["tokens"] for at in by_n.values()], [at["accuracy"]["value"] for at in by_n.values()]
+    return float(np.interp(tokens, spent, accuracy)) if spent[0] <= tokens <= spent[-1] else None
 
 
 def sampled(model: Llama, verifier: Verifier, task, problems: Sequence, config: RunConfig,

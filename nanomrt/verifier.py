@@ -28,7 +28,7 @@ from nanomrt.rollout import Rollouts, roll_out, training_sampling
 from nanomrt.run import generator_for
 
 STEPS = 60
-PROBLEMS, SAMPLES = 32, 8  # of each step
+PROBLEMS, SAMPLES = 32, 4  # of each step
 LEARNING_RATE = 1e-3
 TOKENS = 16_384  # per forward pass: bounds the memory
 

@@ -1,6 +1,7 @@
 """Test-time methods against closed forms and brute force: subsets, the beam's survivors, what a sliding window holds."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,12 +12,14 @@ from test_evaluate import SOLVED, UNSOLVED, Scripted
 from nanomrt import search
 from nanomrt.config import RunConfig
 from nanomrt.metrics import maj_at_k, pass_at_k
-from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.model import Packed
+from nanomrt.rollout import answer_text, roll_out, training_sampling
 from nanomrt.search import (
     CHOICES,
     Attempt,
     Sample,
     Trace,
+    at_equal_tokens,
     beam_search,
     best_by_v,
     commonest,
@@ -92,6 +95,17 @@ def test_a_beam_of_a_policy_without_choice_is_its_rollout_n_times(task, closes, 
     verdict, spent = beam_search(policy, Judge(lambda row: 0.5), task, problems, RUN, n, seeded())
     assert verdict == rollouts.reward
     assert spent == [n * len(rollouts.response(row)) for row in range(2)]
+
+
+def test_a_cold_policys_beam_of_one_is_its_rollout(task, model):
+    """The same tokens from the same caches: at temperature 0.0001 nothing is left to chance."""
+    cold, problems = replace(RUN, temperature=1e-4), task.problems("test", 4, 0)
+    rollouts = roll_out(model, task, problems, 1, training_sampling(task, cold), seeded())
+    judge = Judge(lambda row: 0.5)
+    verdict, spent = beam_search(model, judge, task, problems, cold, 1, seeded(1))
+    assert verdict == rollouts.reward and spent == [len(rollouts.response(row)) for row in range(4)]
+    seen = [row for rows in judge.asked for row in rows]
+    assert all(any(row == whole[: len(row)] or whole == row[: len(whole)] for whole in rollouts.tokens) for row in seen)
 
 
 def test_only_the_best_partial_traces_are_gone_on_from(task, model):
@@ -174,13 +188,37 @@ def test_a_window_shrinks_where_the_context_ends(task, model, contexts):
     assert 0 <= free < task.attempt_tokens + 1
 
 
+def greedy(model, tokens: list[int], limit: int, stops: tuple[int, ...]) -> list[int]:
+    """What a policy most likely writes next, by a whole forward pass for every token."""
+    new: list[int] = []
+    while len(new) < limit and not (new and new[-1] in stops):
+        packed = Packed.of(torch.tensor([len(tokens) + len(new)]))
+        hidden = model(torch.tensor(tokens + new), packed.position_ids, packed)
+        new.append(int((hidden[-1] @ model.head.T).argmax()))
+    return new
+
+
+def test_attempts_and_answers_come_from_what_the_window_holds(task, model, contexts):
+    """A cold policy's linearised trace, token by token, against forward passes over the contexts that it was shown."""
+    cold, [problem] = replace(RUN, temperature=1e-4), task.problems("test", 1, 0)
+    [trace] = linearised(model, task, [problem], cold, 4, 2, seeded())
+    marks = (task.open_episode, task.go_back, task.close_thinking, task.stop)
+    with torch.no_grad():
+        for [context], attempt in zip(contexts, trace):
+            new = greedy(model, context, task.attempt_tokens, marks)
+            kept = new[:-1] if new[-1] in marks else new
+            answer = greedy(model, context + kept + task.forced_stop, task.answer_tokens, (task.stop,))
+            assert attempt.tokens == len(new) and attempt.closed == (new[-1] in marks[2:])
+            assert attempt.answer == (answer_text(task, task.forced_stop + answer) or None)
+
+
 def test_a_policy_that_would_stop_is_made_to_try_again_and_that_is_noted(task):
-    """It writes <try> up to its 20th token, then </think>: always, as its position never grows past the window."""
+    """One that closes at once, and one that opens one attempt after the other."""
     found = linearised(Scripted(task, 0, 0), task, [SOLVED, UNSOLVED], RUN, 3, 2, seeded())
     right = Attempt(1, "( 3 * 7 ) + 4 </answer>", 1.0, True)
     assert found == [[right] * 3, [right._replace(right=0.0)] * 3]
     [going] = linearised(Scripted(task, 100, 0), task, [SOLVED], RUN, 3, 2, seeded())
-    assert [attempt.closed for attempt in going] == [False] * 3  # each <try> opens the next attempt
+    assert [attempt.closed for attempt in going] == [False] * 3
 
 
 def test_votes_and_last_words_of_a_linearised_trace():
@@ -209,6 +247,12 @@ def test_a_section_counts_every_token_and_is_a_function_of_its_seed(task, model,
     assert seen == [0, 2]
 
 
+def test_accuracy_at_equal_tokens_lies_between_the_neighbours():
+    by_n = {str(n): {"tokens": 50.0 * n, "accuracy": {"value": value}} for n, value in ((1, 0.2), (2, 0.4), (4, 0.5))}
+    assert [at_equal_tokens(by_n, tokens) for tokens in (49, 50, 75, 150, 200, 201)] == [
+        None, 0.2, pytest.approx(0.3), pytest.approx(0.45), 0.5, None]
+
+
 def test_a_section_of_a_policy_that_solves_one_of_two_problems(task, monkeypatch):
     """It needs 30 tokens for a rollout; every method finds the one answer and pays for all of its copies."""
     monkeypatch.setattr(search, "ATTEMPTS", (1, 3))
@@ -218,5 +262,7 @@ def test_a_section_of_a_policy_that_solves_one_of_two_problems(task, monkeypatch
             at = section["methods"][name][str(n)]
             assert (at["accuracy"]["value"], at["tokens"], at["tokens_per_correct"]["value"]) == (0.5, 30 * n, 60 * n)
     assert section["verifier_auc"] == 0.5 and section["problems"] == 2
+    assert {at["majority"] for at in section["methods"]["beam"].values()} == {0.5}
+    assert [section["methods"]["linearised"][n]["majority"] for n in "13"] == [None, 0.5]  # no majority is as cheap as 11 tokens
     assert [section["methods"]["linearised"][n]["tokens"] for n in "13"] == [11, 33]  # a token of an attempt, 10 of an answer
     assert [section["methods"]["linearised_last"][n]["tokens"] for n in "13"] == [11, 13]
