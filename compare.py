@@ -145,7 +145,7 @@ def run_job(job: Job) -> None:
             code = train.main(words + ["--resume"] * (job.run / "config.json").is_file())
         if code:
             raise UserError(f"{job.run} was interrupted: the same command goes on with it")
-    report.write_json(job.result, evaluated(job))
+    report.write_json(job.result, evaluated(job), indent=None)
 
 
 def evaluated(job: Job) -> dict:

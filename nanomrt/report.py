@@ -64,10 +64,10 @@ def show_rollout(example: dict) -> str:
     return "\n".join([*lines, f"      {example['answer']}   {'right' if example['reward'] else 'wrong'}"])
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
     """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(aside, path)
 
 
