@@ -268,8 +268,8 @@ def test_prefixes_are_cut_row_by_row_and_half_of_a_group_stops(model, task, aske
 
 
 def test_the_decision_to_stop_can_be_learned(model, task):
-    """decision_in_loss: `</think>` of a stopped row is an action with the policy's log-prob; `<answer>` stays context. Nothing else
-    changes, the ledger included."""
+    """decision_in_loss: `</think>` of a stopped row is an action with the policy's log-prob; `<answer>` stays context, the ledger
+    as it was."""
     without, learned = (gather(model, task, settings("mrt", group_size=8, decision_in_loss=x)) for x in (False, True))
     more = learned.batch.is_action & ~without.batch.is_action
     assert torch.equal(learned.batch.tokens, without.batch.tokens) and learned.trace_tokens == without.trace_tokens
