@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nanomrt.config import ALGORITHMS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -52,6 +54,12 @@ def test_named_files_exist(path):
 def test_every_command_explains_itself(script):
     result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout.lower()
+
+
+def test_the_family_is_listed():
+    """Every algorithm has its place in the README's table."""
+    table = README[README.index("### The family") : README.index("A new credit-assignment idea")]
+    assert set(re.findall(r"`(\w+)`", table.split("\n", 6)[-1])) >= set(ALGORITHMS)
 
 
 def test_quoted_configurations_exist():
