@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("config", type=Path, help="a config file, such as config/study.py")
     parser.add_argument("--algorithms", required=True, help="arms, separated by commas; the first is the baseline")
-    parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2")
+    parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2 and 3, is seed 3 alone")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation: to choose between settings")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one per core, or one on a GPU)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     args, rest = parser.parse_known_args(argv)
-    seeds = [int(x) for x in args.seeds.split(",")] if "," in args.seeds else list(range(int(args.seeds)))
+    seeds = [int(x) for x in args.seeds.split(",") if x] if "," in args.seeds else list(range(int(args.seeds)))
     folder = args.results / args.config.stem
     try:
         shared = parse_overrides(rest)
