@@ -7,7 +7,7 @@
     length_penalty  the policy's traces                        -                                 outcome minus a price on tokens
     mrt_online      the policy's traces                        J at every boundary               outcome + progress
     mrt             from a cut, half stopped, half going on    J there and one episode later     outcome + progress
-    mrt_b           going on from a failed attempt             J of that attempt                 outcome + what it gained
+    mrt_b           going on from a first attempt              J of that attempt                 outcome + what it gained
     mrt_star        traces cut where J is largest              J at every boundary               the right ones are right
     vineppo         the policy's traces                        V at every boundary               V after - V before
     anytime         the policy's traces                        J at every boundary               accuracy at all later budgets
