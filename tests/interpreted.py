@@ -345,6 +345,17 @@ def test_decoding_takes_views_and_writes_to_none():
     assert all(map(torch.equal, before, arguments))
 
 
+def test_places_without_a_branch_write_nothing():
+    """Whichever row they name, and whatever they see."""
+    q, k, v, unseen, group, place, own_k, own_v = arguments = branch_case([[9, 4, 5], [7]], 9, 2, 1, 2, 16, FULL)[0]
+    expected, unused = branch_attention(*arguments), torch.ones(6, dtype=torch.bool)
+    unused[place] = False
+    unused = unused.view(2, 3)
+    for row in range(4):
+        named, seeing = group.masked_fill(unused, row), unseen.masked_fill(unused[..., None], 0.0)
+        assert torch.equal(branch_attention(q, k, v, seeing, named, place, own_k, own_v), expected)
+
+
 def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
     """A row alone gives the bits that it gives among others, whether others make the padded prefix
     or the suffixes longer or not."""

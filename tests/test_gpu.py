@@ -3,8 +3,8 @@
     python -m pytest -m gpu                                                          all of it
     compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "float64 or nan"     (also: racecheck)
 
-Accuracy is measured against float64, beside PyTorch's own op on the same 16-bit inputs: the root-mean-square error may be at
-most 1.1 times its error, the largest single error twice that.
+Accuracy is measured against float64, beside PyTorch's own op on the same 16-bit inputs: the root-mean-square error may be at most
+1.1 times its error, the largest single error twice that.
 """
 
 import importlib
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import kernels
 from data.countdown import Countdown
+from kernels import reference
 from nanomrt import sampler
 from nanomrt.config import load_config
 from nanomrt.model import Llama, ModelConfig, Packed
@@ -61,6 +62,24 @@ def vocabulary(N: int = 200, C: int = 128, V: int = 1000, dtype: torch.dtype = H
     return randn(N, C, dtype=dtype), randn(V, C, seed=1, dtype=dtype) * (2 * C**-0.5), targets
 
 
+def branches(limits: Sequence[Sequence[int]], L: int, t: int, K: int = 2, G: int = 3, D: int = 64,
+             dtype: torch.dtype = HALF[0]) -> list[Tensor]:
+    """Arguments of branch_attention: branch m of segment s sees the first limits[s][m] of L entries, and t of its own."""
+    S, M, R = len(limits), max(map(len, limits)), sum(map(len, limits))
+    places = torch.tensor([s * M + m for s, seen in enumerate(limits) for m in range(len(seen))])
+    place = places[torch.randperm(R, generator=torch.Generator().manual_seed(0))].to(DEVICE)  # (R,) rows in any order
+    group = torch.zeros(S * M, dtype=torch.int64, device=DEVICE)
+    group[place] = torch.arange(R, device=DEVICE)
+    limit = torch.tensor([[*seen, *[0] * (M - len(seen))] for seen in limits], device=DEVICE)  # (S,M)
+    unseen = torch.where(torch.arange(L, device=DEVICE) < limit[..., None], 0.0, -1e30)  # (S,M,L)
+    q, prefix_k, prefix_v, own_k, own_v = (randn(*shape, D, seed=i, dtype=dtype) for i, shape in enumerate(
+        ((R, K * G), (S, K, L), (S, K, L), (R, K, t), (R, K, t))))
+    return [q, prefix_k, prefix_v, unseen, group.view(S, M), place, own_k, own_v]
+
+
+FORKS = [[700, 3, 0], [1300] * 17, [1]]  # entries that each branch of three segments sees
+
+
 def with_gradients(function: Callable[..., Tensor | tuple], inputs: Sequence[Tensor], *upstream: Tensor) -> list[Tensor]:
     """What a function returns, and the gradients of its inputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -69,12 +88,13 @@ def with_gradients(function: Callable[..., Tensor | tuple], inputs: Sequence[Ten
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
 
-def both_ops(lengths: Sequence[int] = RAGGED) -> list[Tensor]:
-    """Outputs and gradients of both ops on fixed inputs."""
+def every_op(lengths: Sequence[int] = RAGGED) -> list[Tensor]:
+    """Outputs of all ops, and gradients of those that have one, on fixed inputs."""
     *inputs, upstream = pack(lengths)
     hidden, weight, targets = vocabulary()
     g, e = randn(200, seed=8).float(), randn(200, seed=9).float()
-    return [*with_gradients(lambda *x: attend(*x, lengths), inputs, upstream),
+    return [kernels.fused_branch_attention(*branches(FORKS, 1300, 600)),
+            *with_gradients(lambda *x: attend(*x, lengths), inputs, upstream),
             *with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), g, e)]
 
 
@@ -110,26 +130,38 @@ def no_synchronisation() -> Iterator[None]:
 # --- Accuracy ---
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """PyTorch's attention, sequence by sequence; softmax written out for float64, which the fused kernels refuse."""
-    parts = []
-    for q_, k_, v_ in zip(*(x.split(list(lengths)) for x in (q, k, v))):
-        q_, k_, v_ = (x.transpose(0, 1)[None].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (q_, k_, v_))  # (1,H,T,D)
-        if q.dtype == torch.float64:
-            scores = q_ @ k_.mT / math.sqrt(q.shape[2])
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=DEVICE).triu(1)
-            out = scores.masked_fill(future, -torch.inf).softmax(-1) @ v_
-        else:
-            out = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True) if len(q_[0, 0]) else q_
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """PyTorch's attention of q (H,T,D) over k and v (K,·,D); softmax written out for float64, which the fused kernels refuse."""
+    q, k, v = (x[None].repeat_interleave(len(q) // len(x), 1) for x in (q, k, v))  # (1,H,·,D)
+    if q.dtype != torch.float64:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)[0] if q.numel() else q[0]
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=DEVICE).triu(1) & causal
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v)[0]
+
+
+def sdpa_of_pack(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sequence by sequence."""
+    parts = zip(*(x.transpose(0, 1).split(list(lengths), 1) for x in (q, k, v)))
+    return torch.cat([sdpa(*part, causal=True) for part in parts], 1).transpose(0, 1)
+
+
+def sdpa_of_branches(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor, own_k: Tensor,
+                     own_v: Tensor) -> Tensor:
+    """Row by row, over what it sees."""
+    rows = []
+    for r, (s, m) in enumerate(divmod(at, group.shape[1]) for at in place.tolist()):
+        seen = unseen[s, m] == 0
+        k, v = (torch.cat([a[s][:, seen], b[r]], 1) for a, b in ((prefix_k, own_k), (prefix_v, own_v)))
+        rows.append(sdpa(q[r][:, None], k, v, causal=False)[:, 0])
+    return torch.stack(rows)
 
 
 def check_attention(lengths: Sequence[int], H: int, K: int, D: int, dtype: torch.dtype) -> None:
     *inputs, upstream = pack(lengths, H, K, D, dtype)
     mine = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
-    peer = with_gradients(lambda *x: sdpa(*x, lengths), inputs, upstream)
-    exact = with_gradients(lambda *x: sdpa(*x, lengths), [x.double() for x in inputs], upstream.double())
+    peer = with_gradients(lambda *x: sdpa_of_pack(*x, lengths), inputs, upstream)
+    exact = with_gradients(lambda *x: sdpa_of_pack(*x, lengths), [x.double() for x in inputs], upstream.double())
     assert_as_exact(mine, peer, exact)
 
 
@@ -153,9 +185,20 @@ def test_attention_against_float64_by_lengths(name, D, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("limits, L, t, K, G, D", [
+    (FORKS, 1300, 600, 2, 3, 64), (FORKS, 1300, 1, 1, 7, 128), ([[40] * 64], 40, 8, 2, 1, 80), ([[0, 0], [0]], 5, 513, 1, 4, 32),
+    ([[511, 512, 513]], 513, 9, 2, 6, 256), ([[9]], 9, 1, 2, 2, 16),
+], ids=str)
+def test_decoding_against_float64(limits, L, t, K, G, D, dtype):
+    arguments = branches(limits, L, t, K, G, D, dtype)
+    exact = sdpa_of_branches(*(x.double() if x.dtype == dtype else x for x in arguments))
+    assert_as_exact([kernels.fused_branch_attention(*arguments)], [sdpa_of_branches(*arguments)], [exact])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("N, C, V", [(1, 64, 97), (200, 128, 1000), (127, 896, 151936), (129, 80, 32003)])
 def test_logprobs_against_float64(N, C, V, dtype):
-    """log p, entropy and the gradients, beside float32 logits from the same 16-bit inputs."""
+    """log p and entropy, beside float32 logits of the same 16-bit inputs; the gradients, beside those of 16-bit logits."""
     hidden, weight, targets = vocabulary(N, C, V, dtype)
     upstream = randn(2, N, seed=5).double()
 
@@ -166,14 +209,15 @@ def test_logprobs_against_float64(N, C, V, dtype):
 
     mine = with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), *upstream.float())
     exact = with_gradients(lambda h, w: naive(h, w, torch.float64), (hidden.double(), weight.double()), *upstream)
-    peer = with_gradients(lambda h, w: naive(h, w, torch.float32), (hidden, weight), *upstream.float())
+    peer = naive(hidden, weight, torch.float32)
+    half = with_gradients(lambda h, w: reference.token_logprobs(h, w, targets, 0.7), (hidden, weight), *upstream.float())
     assert (mine[0] <= 0).all() and (mine[1] >= 0).all() and (mine[1] <= math.log(V) + 1e-5).all()
     assert (mine[0].double() - exact[0]).abs().max() < 2e-4
-    assert_as_exact(mine[:2], peer[:2], exact[:2], floor=1e-5)
-    # Their dz is float32 and ours is rounded to 16 bit for the products with it: one more rounding, of the same size.
-    rounding = torch.finfo(dtype).eps
+    assert_as_exact(mine[:2], peer, exact[:2])
+    assert_as_exact(mine, half, exact)
+    # And not only better than theirs: two roundings to 16 bit, of dz and of the result.
     for a, truth in zip(mine[2:], exact[2:], strict=True):
-        assert (a.double() - truth).norm() <= rounding * truth.norm()
+        assert (a.double() - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
 
 
 def test_float32_is_exact():
@@ -206,8 +250,8 @@ def test_one_pass_equals_two_passes(dtype):
 
 
 def test_a_second_run_has_the_same_bits():
-    first = both_ops()
-    assert all(same_bits(first, both_ops()) for _ in range(3))
+    first = every_op()
+    assert all(same_bits(first, every_op()) for _ in range(3))
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -233,6 +277,20 @@ def test_other_rows_do_not_change_a_row(part):
     assert same_bits(alone, [x[170 : 170 + part] for x in whole])
 
 
+@pytest.mark.parametrize("D", [64, 128])
+def test_other_branches_do_not_change_a_branch(D):
+    """A row alone gives the bits that it gives among 64, wherever it stands, and whether others make its prefix longer or not."""
+    limits = [[600, *range(20, 63)], [1100] * 20]
+    q, k, v, unseen, group, place, own_k, own_v = branches(limits, 1100, 30, D=D)
+    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v)
+    zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for m in (0, 1, 43):
+        row, seen = group[0, m, None], limits[0][m]
+        alone = kernels.fused_branch_attention(q[row], k[:1, :, :seen], v[:1, :, :seen], unseen[:1, m, None, :seen], zero[None],
+                                               zero, own_k[row], own_v[row])
+        assert torch.equal(together[row], alone)
+
+
 # --- Memory that nobody wrote ---
 
 
@@ -244,9 +302,9 @@ def poison() -> None:
 
 
 def test_nan_in_fresh_memory_reaches_nothing():
-    clean = both_ops()
+    clean = every_op()
     poison()
-    poisoned = both_ops()
+    poisoned = every_op()
     assert all(x.isfinite().all() for x in poisoned) and same_bits(clean, poisoned)
 
 
@@ -334,15 +392,28 @@ def test_attention_inputs_over_2_31_elements():
     assert same_bits([x[-T:] for x in whole], alone)
 
 
+def test_a_cache_over_2_31_elements():
+    """The last segment of the cache and the last row's suffix give what they give alone."""
+    need_memory(16)
+    S, K, L, D = 2049, 2, 4096, 128
+    q, k, v, unseen, group, place, own_k, own_v = branches([[L]] * S, L, 5, K, 2, D)
+    assert k.numel() > 2**31
+    row, zero = group[-1], torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v)
+    alone = kernels.fused_branch_attention(q[row], k[-1:], v[-1:], unseen[-1:], zero[None], zero, own_k[row], own_v[row])
+    assert torch.equal(together[row], alone)
+
+
 # --- How the device is driven ---
 
 
 def test_cuda_graphs():
-    """Forward of both is captured once and replayed with other inputs."""
+    """Forward of all ops is captured once and replayed with other inputs."""
     q, k, v, _ = pack(RAGGED)
     hidden, weight, targets = vocabulary()
+    cached = branches(FORKS, 1300, 600)
     starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
-    run = lambda: (kernels.fused_attention(q, k, v, starts, max(RAGGED)),
+    run = lambda: (kernels.fused_attention(q, k, v, starts, max(RAGGED)), kernels.fused_branch_attention(*cached),
                    *kernels.fused_token_logprobs(hidden, weight, targets, 1.0))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -352,7 +423,7 @@ def test_cuda_graphs():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()
-    for x in (q, k, v, hidden):
+    for x in (q, k, v, hidden, *cached[:3]):
         x.copy_(randn(*x.shape, seed=11))
     graph.replay()
     assert same_bits([x.clone() for x in captured], run())
@@ -377,12 +448,12 @@ def test_another_stream():
 
 
 def test_the_host_never_waits():
-    """Forward and backward of both ops, and the one-pass loss, enqueue their work and return."""
+    """Forward and backward of the training ops, the one-pass loss, and decoding enqueue their work and return."""
     from kernels.logprob import token_loss
 
     q, k, v, upstream = (x.requires_grad_() for x in pack(RAGGED))
     hidden, weight, targets = vocabulary()
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    hidden, weight, cached = hidden.requires_grad_(), weight.requires_grad_(), branches(FORKS, 1300, 600)
     starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
 
     def step():
@@ -390,6 +461,7 @@ def test_the_host_never_waits():
         logprob, entropy = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
         (logprob + entropy).sum().backward()
         token_loss(hidden, weight, targets, 1.0, lambda logprob, entropy, rows: logprob.sum())[0].backward()
+        kernels.fused_branch_attention(*cached)
 
     step()
     with no_synchronisation():
@@ -425,8 +497,8 @@ def test_activation_checkpointing():
 
 
 def test_twenty_sizes_compile_each_kernel_once():
-    """Neither the number of tokens nor that of sequences is a compile-time constant."""
-    modules = [importlib.import_module(f"kernels.{name}") for name in ("attention", "logprob")]
+    """No number of tokens, sequences, rows or cached entries is a compile-time constant."""
+    modules = [importlib.import_module(f"kernels.{name}") for name in ("attention", "logprob", "decode")]
     kernels_ = [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
     compiled = lambda: [sum(len(caches[0]) for caches in x.device_caches.values()) for x in kernels_]
 
@@ -436,10 +508,11 @@ def test_twenty_sizes_compile_each_kernel_once():
         hidden, weight, targets = vocabulary(N)
         ones = torch.ones(N, device=DEVICE)
         with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 1.0)[0], (hidden, weight), ones)
+        kernels.fused_branch_attention(*branches([[N] * (N % 5 + 1)] * (N % 3 + 1), N, N))
 
     run(128)
     before = compiled()
-    assert len(kernels_) == 6 and all(before)
+    assert len(kernels_) == 8 and all(before)
     for N in [2, 16, 17, *(100 + 37 * i for i in range(17))]:
         run(N)
     assert compiled() == before
