@@ -112,18 +112,23 @@ def tile_of(q: Tensor, shared: bool) -> Tile:
     return Tile(64, 64, 8, 2) if shared and not wide else Tile(16, 32 if wide else 64, 4, 2)
 
 
+def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (·,K,·,D) with each value where its key is, and its D numbers side by side; copied if they lie otherwise."""
+    return (k, v) if k.stride() == v.stride() and k.stride(3) == 1 else (k.contiguous(), v.contiguous())
+
+
 def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
                      suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
     """One new token per row against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D); no gradient.
 
     prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D), length (R,): see
     `reference`.
-    A value lies as its key does, its D numbers side by side.
     """
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     prefix_parts, suffix_parts = triton.cdiv(L, CHUNK), triton.cdiv(t, CHUNK)
     part_out, part_lse = (torch.empty(prefix_parts + suffix_parts, R, H, *size, dtype=torch.float32, device=q.device)
                           for size in ((D,), ()))
+    (prefix_k, prefix_v), (suffix_k, suffix_v) = alike(prefix_k, prefix_v), alike(suffix_k, suffix_v)
     q, out, BD = q.contiguous(), q.new_empty(R, H, D), max(16, triton.next_power_of_2(D))
     constants = dict(scale=D**-0.5 * LOG2E, G=H // K, K=K, D=D, BD=BD, CHUNK=CHUNK)
     if prefix_parts:

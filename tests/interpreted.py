@@ -105,13 +105,15 @@ def test_attention_takes_views_and_writes_to_none(dtype):
     assert torch.equal(wide, before)
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the mask of the diagonal comes after the exponential
 @pytest.mark.parametrize("level", [-120.0, 80.0])
 def test_attention_with_extreme_scores(level):
     """A common shift of all scores changes no softmax, even where e^score is 0 or infinite."""
     q, k, v = torch.ones(65, 1, 16), randn(65, 1, 16), randn(65, 1, 16, seed=1)
-    starts = torch.tensor([0, 64, 65])
-    shifted = attention(q, k + level / 4, v, starts, 64)  # q·k / sqrt(16) moves by `level`
-    torch.testing.assert_close(shifted, attention(q, k, v, starts, 64), atol=2e-4, rtol=2e-4)
+    results = [forward_and_gradients(attention, (q, keys, v), torch.tensor([0, 64, 65]), 64, randn(65, 1, 16, seed=2))
+               for keys in (k, k + level / 4)]  # q·k / sqrt(16) moves by `level`
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_attention_of_nothing():
@@ -337,12 +339,24 @@ def test_decoding_takes_views_and_writes_to_none():
     before = [x.clone() for x in arguments]
     spread = lambda x: torch.stack([x, x], -1)[..., 0]  # every second element of something larger
     swapped = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # tokens outside of heads
-    q, prefix_k, prefix_v, unseen, group, place, own_k, own_v = arguments
-    views = (spread(q), swapped(prefix_k), swapped(prefix_v), spread(unseen), spread(group), spread(place), swapped(own_k),
-             swapped(own_v))
+    q, k, v, unseen, group, place, own_k, own_v = arguments
+    views = (spread(q), swapped(k), swapped(v), spread(unseen), spread(group), spread(place), swapped(own_k), swapped(own_v))
+    unlike = (q, k, swapped(v), unseen, group, place, spread(own_k), spread(own_v))
     expected = branch_attention(*arguments)
-    assert torch.equal(expected, branch_attention(*arguments)) and torch.equal(expected, branch_attention(*views))
+    assert all(torch.equal(expected, branch_attention(*x)) for x in (arguments, views, unlike))
     assert all(map(torch.equal, before, arguments))
+
+
+@pytest.mark.parametrize("level", [-120.0, 80.0])
+def test_branch_attention_with_extreme_scores(level):
+    """The same, on both sides of the border between prefix and suffix; and a side whose scores are far lower has no weight."""
+    q, k, v, unseen, *indices, own_k, own_v = branch_case([[9, 4], [2]], 9, 3, 1, 2, 16, FULL)[0]
+    q = torch.ones_like(q)
+    run = lambda prefix, own: branch_attention(q, k + prefix / 4, v, unseen, *indices, own_k + own / 4, own_v)
+    torch.testing.assert_close(run(level, level), run(0.0, 0.0), atol=1e-3, rtol=1e-3)
+    lower = run(level, 0.0) if level < 0 else run(0.0, level)
+    alone = branch_attention(q, k, v, torch.full_like(unseen, -1e30), *indices, own_k, own_v)
+    torch.testing.assert_close(lower, alone, atol=1e-3, rtol=1e-3)
 
 
 def test_places_without_a_branch_write_nothing():

@@ -64,7 +64,7 @@ def vocabulary(N: int = 200, C: int = 128, V: int = 1000, dtype: torch.dtype = H
 
 def branches(limits: Sequence[Sequence[int]], L: int, t: int, K: int = 2, G: int = 3, D: int = 64,
              dtype: torch.dtype = HALF[0]) -> list[Tensor]:
-    """Arguments of branch_attention: branch m of segment s sees the first limits[s][m] of L entries, and t of its own."""
+    """Arguments of branch_attention: branch m of segment s sees the first limits[s][m] of L entries, and 1 to t of its own."""
     S, M, R = len(limits), max(map(len, limits)), sum(map(len, limits))
     places = torch.tensor([s * M + m for s, seen in enumerate(limits) for m in range(len(seen))])
     place = places[torch.randperm(R, generator=torch.Generator().manual_seed(0))].to(DEVICE)  # (R,) rows in any order
@@ -74,7 +74,8 @@ def branches(limits: Sequence[Sequence[int]], L: int, t: int, K: int = 2, G: int
     unseen = torch.where(torch.arange(L, device=DEVICE) < limit[..., None], 0.0, -1e30)  # (S,M,L)
     q, prefix_k, prefix_v, own_k, own_v = (randn(*shape, D, seed=i, dtype=dtype) for i, shape in enumerate(
         ((R, K * G), (S, K, L), (S, K, L), (R, K, t), (R, K, t))))
-    return [q, prefix_k, prefix_v, unseen, group.view(S, M), place, own_k, own_v]
+    length = t - torch.arange(R, device=DEVICE) % t
+    return [q, prefix_k, prefix_v, unseen, group.view(S, M), place, own_k, own_v, length]
 
 
 FORKS = [[700, 3, 0], [1300] * 17, [1]]  # entries that each branch of three segments sees
@@ -147,12 +148,12 @@ def sdpa_of_pack(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Ten
 
 
 def sdpa_of_branches(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor, own_k: Tensor,
-                     own_v: Tensor) -> Tensor:
+                     own_v: Tensor, length: Tensor) -> Tensor:
     """Row by row, over what it sees."""
     rows = []
     for r, (s, m) in enumerate(divmod(at, group.shape[1]) for at in place.tolist()):
         seen = unseen[s, m] == 0
-        k, v = (torch.cat([a[s][:, seen], b[r]], 1) for a, b in ((prefix_k, own_k), (prefix_v, own_v)))
+        k, v = (torch.cat([a[s][:, seen], b[r][:, : length[r]]], 1) for a, b in ((prefix_k, own_k), (prefix_v, own_v)))
         rows.append(sdpa(q[r][:, None], k, v, causal=False)[:, 0])
     return torch.stack(rows)
 
@@ -281,13 +282,13 @@ def test_other_rows_do_not_change_a_row(part):
 def test_other_branches_do_not_change_a_branch(D):
     """A row alone gives the bits that it gives among 64, wherever it stands, and whether others make its prefix longer or not."""
     limits = [[600, *range(20, 63)], [1100] * 20]
-    q, k, v, unseen, group, place, own_k, own_v = branches(limits, 1100, 30, D=D)
-    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v)
+    q, k, v, unseen, group, place, own_k, own_v, length = branches(limits, 1100, 30, D=D)
+    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for m in (0, 1, 43):
         row, seen = group[0, m, None], limits[0][m]
         alone = kernels.fused_branch_attention(q[row], k[:1, :, :seen], v[:1, :, :seen], unseen[:1, m, None, :seen], zero[None],
-                                               zero, own_k[row], own_v[row])
+                                               zero, own_k[row], own_v[row], length[row])
         assert torch.equal(together[row], alone)
 
 
@@ -396,11 +397,12 @@ def test_a_cache_over_2_31_elements():
     """The last segment of the cache and the last row's suffix give what they give alone."""
     need_memory(16)
     S, K, L, D = 2049, 2, 4096, 128
-    q, k, v, unseen, group, place, own_k, own_v = branches([[L]] * S, L, 5, K, 2, D)
+    q, k, v, unseen, group, place, own_k, own_v, length = branches([[L]] * S, L, 5, K, 2, D)
     assert k.numel() > 2**31
     row, zero = group[-1], torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v)
-    alone = kernels.fused_branch_attention(q[row], k[-1:], v[-1:], unseen[-1:], zero[None], zero, own_k[row], own_v[row])
+    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
+    alone = kernels.fused_branch_attention(q[row], k[-1:], v[-1:], unseen[-1:], zero[None], zero, own_k[row], own_v[row],
+                                           length[row])
     assert torch.equal(together[row], alone)
 
 
