@@ -138,7 +138,7 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
             *prefix_k.stride()[:3], M, L, R, 0, **constants, **tile._asdict())
     tile = tile_of(q, shared=False)
     chunk_kernel[R * K, suffix_parts, triton.cdiv(H // K, tile.BR)](
-        q, suffix_k, suffix_v, None, None, None, length, part_out, part_lse, *suffix_k.stride()[:3], 1, t, R, prefix_parts,
-        **constants, **tile._asdict())
+        q, suffix_k, suffix_v, None, None, None, length.contiguous(), part_out, part_lse, *suffix_k.stride()[:3], 1, t, R,
+        prefix_parts, **constants, **tile._asdict())
     merge_kernel[R, H](part_out, part_lse, out, prefix_parts + suffix_parts, D=D, BD=BD, num_warps=1)
     return out

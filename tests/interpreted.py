@@ -339,9 +339,10 @@ def test_decoding_takes_views_and_writes_to_none():
     before = [x.clone() for x in arguments]
     spread = lambda x: torch.stack([x, x], -1)[..., 0]  # every second element of something larger
     swapped = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # tokens outside of heads
-    q, k, v, unseen, group, place, own_k, own_v = arguments
-    views = (spread(q), swapped(k), swapped(v), spread(unseen), spread(group), spread(place), swapped(own_k), swapped(own_v))
-    unlike = (q, k, swapped(v), unseen, group, place, spread(own_k), spread(own_v))
+    q, k, v, unseen, group, place, own_k, own_v, length = arguments
+    views = (spread(q), swapped(k), swapped(v), spread(unseen), spread(group), spread(place), swapped(own_k), swapped(own_v),
+             spread(length))
+    unlike = (q, k, swapped(v), unseen, group, place, spread(own_k), spread(own_v), length)
     expected = branch_attention(*arguments)
     assert all(torch.equal(expected, branch_attention(*x)) for x in (arguments, views, unlike))
     assert all(map(torch.equal, before, arguments))
@@ -350,24 +351,24 @@ def test_decoding_takes_views_and_writes_to_none():
 @pytest.mark.parametrize("level", [-120.0, 80.0])
 def test_branch_attention_with_extreme_scores(level):
     """The same, on both sides of the border between prefix and suffix; and a side whose scores are far lower has no weight."""
-    q, k, v, unseen, *indices, own_k, own_v = branch_case([[9, 4], [2]], 9, 3, 1, 2, 16, FULL)[0]
+    q, k, v, unseen, *indices, own_k, own_v, length = branch_case([[9, 4], [2]], 9, 3, 1, 2, 16, FULL)[0]
     q = torch.ones_like(q)
-    run = lambda prefix, own: branch_attention(q, k + prefix / 4, v, unseen, *indices, own_k + own / 4, own_v)
+    run = lambda prefix, own: branch_attention(q, k + prefix / 4, v, unseen, *indices, own_k + own / 4, own_v, length)
     torch.testing.assert_close(run(level, level), run(0.0, 0.0), atol=1e-3, rtol=1e-3)
     lower = run(level, 0.0) if level < 0 else run(0.0, level)
-    alone = branch_attention(q, k, v, torch.full_like(unseen, -1e30), *indices, own_k, own_v)
+    alone = branch_attention(q, k, v, torch.full_like(unseen, -1e30), *indices, own_k, own_v, length)
     torch.testing.assert_close(lower, alone, atol=1e-3, rtol=1e-3)
 
 
 def test_places_without_a_branch_write_nothing():
     """Whichever row they name, and whatever they see."""
-    q, k, v, unseen, group, place, own_k, own_v = arguments = branch_case([[9, 4, 5], [7]], 9, 2, 1, 2, 16, FULL)[0]
+    q, k, v, unseen, group, place, *own = arguments = branch_case([[9, 4, 5], [7]], 9, 2, 1, 2, 16, FULL)[0]
     expected, unused = branch_attention(*arguments), torch.ones(6, dtype=torch.bool)
     unused[place] = False
     unused = unused.view(2, 3)
     for row in range(4):
         named, seeing = group.masked_fill(unused, row), unseen.masked_fill(unused[..., None], 0.0)
-        assert torch.equal(branch_attention(q, k, v, seeing, named, place, own_k, own_v), expected)
+        assert torch.equal(branch_attention(q, k, v, seeing, named, place, *own), expected)
 
 
 def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
