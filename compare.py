@@ -212,7 +212,7 @@ def bootstrap(statistic: Callable[..., float], *arms: Values) -> tuple[float, fl
 
 
 def tables(arms: dict[str, list[dict]]) -> str:
-    """Markdown: each arm at equal steps, tokens and time, then its differences from the first one."""
+    """Markdown: each arm at equal steps, tokens and time, its differences from the first one, and how it searches."""
     baseline = next(iter(arms))
     end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in ("step", "tokens", "seconds")}
     unit = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds"}
@@ -238,6 +238,11 @@ def tables(arms: dict[str, list[dict]]) -> str:
             mine, theirs = (values_at([pair[i] for pair in pairs], axis, end[axis]) for i in (1, 0))
             cells = [cell((lambda a, b, f=f: f(a) - f(b), digits), mine, theirs, sign="+") for f, digits in names.values()]
             text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
+    text += ["", "### Habits after all steps", "", f"| method | {' | '.join(runs[0]['points'][0]['habits'])} |",
+             "|---|" + "---|" * len(runs[0]["points"][0]["habits"])]
+    for arm, runs, at in (("warm start", arms[baseline], 0), *((arm, runs, -1) for arm, runs in arms.items())):
+        habits = [run["points"][at]["habits"] for run in runs]
+        text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in habits[0])} |")
     return "\n".join(text)
 
 
@@ -268,18 +273,21 @@ def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 3, sharey="row")
     for (arm, runs), colour in zip(arms.items(), COLOURS * (1 + len(arms) // len(COLOURS))):
-        for column, axis in enumerate(("step", "tokens", "seconds")):
-            x = np.array([[point[axis] for point in run["points"]] for run in runs])  # (seeds, checkpoints)
+        for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
+            x = np.array([[point[axis] / unit for point in run["points"]] for run in runs])  # (seeds, checkpoints)
             for row, (statistic, _) in enumerate(METRICS.values()):
                 y = np.array([[statistic({k: np.array(v) for k, v in point["per_problem"].items()}) for point in run["points"]]
                               for run in runs])
                 axes[row, column].plot(x.T, y.T, color=colour, alpha=0.2, linewidth=0.8)
                 axes[row, column].plot(x.mean(0), y.mean(0), color=colour, label=arm, linewidth=1.8, marker="o", markersize=3)
-    for column, label in enumerate(("steps", "sampled tokens, forks included", "seconds")):
+    for column, label in enumerate(("steps", "sampled tokens, forks included, millions", "seconds")):
         axes[1, column].set_xlabel(label)
     for row, name in enumerate(METRICS):
         axes[row, 0].set_ylabel(name)
     axes[1, 0].set_yscale("log")
+    for panel in axes[1]:
+        panel.yaxis.set_major_formatter("{x:.0f}")
+        panel.yaxis.set_minor_formatter("{x:.0f}")
     axes[0, 0].legend(frameon=False, fontsize=8)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
@@ -287,7 +295,8 @@ def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
 
 
 def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """J(b) of every arm at its end: the mean over seeds, and a band from the lowest seed to the highest."""
+    """J(b) of every arm at its end: the mean over seeds, and a band from the lowest seed to the highest. The star: where it stops
+    by itself, on average."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -298,6 +307,9 @@ def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
         budget, J = curves[0, :, 0], curves[:, :, 1]
         axes.plot(budget, J.mean(0), color=colour, label=label, linewidth=1.8, marker="o", markersize=3)
         axes.fill_between(budget, J.min(0), J.max(0), color=colour, alpha=0.12, linewidth=0)
+        ends = [(run["points"][at]["thinking_tokens"], np.mean(run["points"][at]["per_problem"]["right"])) for run in runs]
+        axes.plot(*np.mean(ends, axis=0), "*", color=colour, markersize=15, markeredgecolor="white")
+    axes.plot([], [], "*", color="0.4", markersize=11, label="stops by itself: mean tokens, accuracy")
     axes.axvline(runs[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
     axes.set(xlabel="thinking budget b, tokens (dotted: the training budget)", ylabel="accuracy of an answer forced at b, J(b)",
              ylim=(0, None), xlim=(0, None))

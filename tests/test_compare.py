@@ -18,6 +18,7 @@ def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[f
     """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
     return {"arm": arm, "config": {"seed": seed, "thinking_budget": 10}, "ood": {"right": points[-1][3]}, "points": [
         {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]],
+         "habits": {"attempts": step / 10, "loops": 0.25},
          "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
         for step, tokens, seconds, right, spent in points]}
 
@@ -79,11 +80,12 @@ def test_a_paired_difference_does_not_see_what_both_arms_share():
 def test_the_tables_say_what_the_runs_say():
     """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
     text = compare.tables({"grpo": GRPO, "mrt": MRT})
-    steps, tokens, seconds, differences = text.split("###")[1:]
+    steps, tokens, seconds, differences, habits = text.split("###")[1:]
     rows = lambda part, arm: [row.split(" | ") for row in part.splitlines() if row.startswith(f"| {arm} |")]
     assert rows(steps, "mrt")[0][2].startswith("1.000") and rows(tokens, "mrt")[0][2].startswith("0.500")
     assert rows(seconds, "mrt")[0][2].startswith("1.000") and "100 sampled tokens" in tokens and "4 seconds" in seconds
     assert [row[2].split()[0] for row in rows(differences, "mrt")] == ["+0.500", "+0.000", "+0.500"]
+    assert [rows(habits, arm)[0][1:] for arm in ("warm start", "mrt")] == [["0.00", "0.25 |"], ["1.00", "0.25 |"]]
     assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
 
 

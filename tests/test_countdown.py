@@ -546,13 +546,13 @@ def test_backtracking_traces_are_right_in_their_arithmetic(name):
 
 
 def test_weights_of_going_back():
-    """`<back>` and results 1, the result that it names, operations and numbers 0.5, the check 1 or, for a `yes`, 2."""
+    """`<back>`, results and the check 1, the result that `<back>` names, operations and numbers 0.5."""
     seen = set()
     for _, ids, weights in traces(BACK, 40):
         start = 0
         for words in episodes_of(BACK, ids):
             steps = len(words) // 3 - 1
-            expected = [1.0, 0.5, *[0.5, 0.5, 1.0] * steps, 2.0 if words[-1] == "yes" else 1.0]
+            expected = [1.0, 0.5, *[0.5, 0.5, 1.0] * steps, 1.0]
             assert weights[start : start + len(words)] == expected
             seen.add((words[0], steps, words[-1]))
             start += len(words)
