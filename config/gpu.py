@@ -8,11 +8,11 @@ max_solutions = 24            # of about 2,000 chains: search takes tens of atte
 ood_target_min = 80
 ood_max_solutions = 8
 
-# The warm start's flaws are what RL has to mend.
+# The warm start's flaws are what RL has to mend; outcome reward hardly minds the first two.
 trace_max_attempts = 24
-trace_go_on = 0.7             # it keeps trying after it has found a solution
-trace_repeat = 0.05           # it forgets what it tried
-trace_give_up = 0.02          # it answers without having found one
+trace_repeat = 0.3            # it tries what has just failed once more
+trace_go_on = 0.7             # it checks over and over what has just succeeded
+trace_give_up = 0.02          # it answers without having found a solution
 warm_steps, warm_batch = 2000, 256
 gate_check_recall = 0.6
 
