@@ -28,6 +28,7 @@ from kernels.logprob import logprobs_backward, logprobs_forward, token_loss
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have; sm_80 has more, but sm_86 and sm_89 share its tiles
+TENSOR_COLUMNS = 512  # of sm_100's memory for matrix instructions
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 HALF = torch.bfloat16  # fp16 differs in the type of its operands alone
 
@@ -89,15 +90,15 @@ def stack_bytes(binary: CompiledKernel, folder: Path) -> int:
 
 def assert_fast(launch: Launch, arch: int, folder: Path, rows: int = 0, fetched: bool = False, may_spill: bool = False) -> None:
     """It fits, spills nothing, multiplies `rows` rows at a time with the best instruction, has its tiles `fetched` or not."""
-    metadata, ptx = launch.binary.metadata, launch.binary.asm["ptx"]
-    assert metadata.shared <= SHARED[arch] and (metadata.tmem_size or 0) <= 512, launch.constants
-    assert may_spill or stack_bytes(launch.binary, folder) == 0, launch.constants
+    metadata, ptx, which = launch.binary.metadata, launch.binary.asm["ptx"], f"{launch.name} {launch.constants} for sm_{arch}"
+    assert metadata.shared <= SHARED[arch] and (metadata.tmem_size or 0) <= TENSOR_COLUMNS, which
+    assert may_spill or stack_bytes(launch.binary, folder) == 0, which
     if rows:
-        assert (MATRIX[arch] if rows >= 64 else "mma.sync") in ptx, launch.constants  # the larger ones take 64 rows and more
-    assert ("cp.async.bulk.tensor" in ptx) == fetched, launch.constants
+        assert ptx.count(MATRIX[arch] if rows >= 64 else "mma.sync") > 0, which  # the larger ones take 64 rows and more
+    assert (ptx.count("cp.async.bulk.tensor") > 0) == fetched, which
 
 
-def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+def zeros(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -105,7 +106,7 @@ def empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def attend(N: int, D: int, dtype: torch.dtype = HALF) -> None:
-    q, k, starts = empty(N, 8, D, dtype=dtype), empty(N, 2, D, dtype=dtype), torch.tensor([0, N])
+    q, k, starts = zeros(N, 8, D, dtype=dtype), zeros(N, 2, D, dtype=dtype), torch.tensor([0, N])
     out, lse = attention_forward(q, k, k, starts, N, 0.1)
     attention_backward(q, k, k, out, lse, q, starts, N, 0.1)
 
@@ -135,13 +136,13 @@ def test_tiles_divide_each_other():
 
 
 def score(N: int, dtype: torch.dtype = HALF, C: int = 64) -> None:
-    hidden, weight, targets = empty(N, C, dtype=dtype), empty(1000, C, dtype=dtype), empty(N, dtype=torch.int64)
+    hidden, weight, targets = zeros(N, C, dtype=dtype), zeros(1000, C, dtype=dtype), zeros(N, dtype=torch.int64)
     logprob, entropy, lse = logprobs_forward(hidden, weight, targets, 1.0)
     logprobs_backward(hidden, weight, targets, lse, entropy, logprob, entropy, 1.0, True, True)
 
 
 def score_once(N: int, dtype: torch.dtype = HALF) -> None:
-    hidden, weight, targets = empty(N, 64, dtype=dtype), empty(1000, 64, dtype=dtype), empty(N, dtype=torch.int64)
+    hidden, weight, targets = zeros(N, 64, dtype=dtype), zeros(1000, 64, dtype=dtype), zeros(N, dtype=torch.int64)
     token_loss(hidden.requires_grad_(), weight, targets, 1.0, lambda logprob, entropy, rows: logprob.sum())
 
 
@@ -166,8 +167,8 @@ def test_odd_widths(launches, tmp_path):
 
 
 def decode(rows: int, cached: int, own: int, D: int, dtype: torch.dtype = HALF) -> None:
-    q, prefix, suffix = (empty(*shape, D, dtype=dtype) for shape in ((rows, 12), (1, 2, cached), (rows, 2, own)))
-    index, unseen = empty(rows, dtype=torch.int64), empty(1, rows, cached, dtype=torch.float32)
+    q, prefix, suffix = (zeros(*shape, D, dtype=dtype) for shape in ((rows, 12), (1, 2, cached), (rows, 2, own)))
+    index, unseen = zeros(rows, dtype=torch.int64), zeros(1, rows, cached, dtype=torch.float32)
     branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix, index + own)
 
 
