@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2 and 3, is seed 3 alone")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation: to choose between settings")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one per core, or one on a GPU)")
+    parser.add_argument("--report", action="store_true", help="train nothing: what the runs that are there say")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     args, rest = parser.parse_known_args(argv)
     seeds = [int(x) for x in args.seeds.split(",") if x] if "," in args.seeds else list(range(int(args.seeds)))
@@ -60,10 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     folder.mkdir(parents=True, exist_ok=True)
+    if args.report:
+        jobs = [job for job in jobs if job.result.is_file()]
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
         arms.setdefault(job.arm, []).append(json.loads(job.result.read_text()))
+    if not arms:
+        raise UserError(f"there are no runs in {folder}: leave out --report to train them")
     text = tables(arms)
     print(text)
     name = "comparison" + ("" if args.split == "test" else f"-{args.split}")

@@ -104,4 +104,8 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     before = (folder / "comparison.md").read_text()
     monkeypatch.setattr(compare, "run_job", None)
     assert compare.main(command) == 0 and (folder / "comparison.md").read_text() == before
+    assert compare.main([*command, "--report", "--seeds", "2"]) == 0  # of what is there, which is seed 0
+    assert (folder / "comparison.md").read_text() == before
+    with pytest.raises(UserError, match="no runs in .*leave out --report"):
+        compare.main(["config/tiny.py", "--algorithms", "sft", "--report", "--results", str(tmp_path / "elsewhere")])
     assert (folder / "comparison-curves.png").is_file() and (folder / "comparison-budget.png").is_file()
