@@ -90,10 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_splits(model: Llama, task, config: RunConfig, splits: Iterable[str],
-                    progress: Callable[..., Iterable] | None = None) -> dict[str, dict]:
+                    progress: Callable[..., Iterable] | None = None, brief: bool = False) -> dict[str, dict]:
     """A section for each split. The seed is fixed, so that every run of a task answers the same problems."""
     return {split: evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
-                                   progress and (lambda chunks, split=split: progress(chunks, desc=split)))
+                                   progress and (lambda chunks, split=split: progress(chunks, desc=split)), brief)
             for split in splits}
 
 
@@ -280,6 +280,8 @@ def budget_figure(path: Path, sections: dict[str, dict]) -> None:
     axes = figure.subplots()
     for (label, section), colour in zip(sections.items(), COLOURS * (1 + len(sections) // len(COLOURS))):
         for name, style, text in (("budget_curve", "-", label), ("extrapolation", "--", None)):
+            if name not in section:
+                continue  # a brief section
             budget = [row["budget"] for row in section[name]]
             value, low, high = ([row["J"][key] for row in section[name]] for key in ("value", "low", "high"))
             axes.plot(budget, value, style, color=colour, label=text, linewidth=1.8, marker="o", markersize=3)

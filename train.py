@@ -184,8 +184,8 @@ def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
 def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:
     """Evaluate the warm start and the trained policy, draw the figures, write the summary and show both."""
     with run.timed("evaluation"):
-        before = evaluate_splits(warm, task, run.config, ["test"])
-        after = evaluate_splits(model, task, run.config, ["test", "ood"])
+        before = evaluate_splits(warm, task, run.config, ["test"], brief=True)
+        after = evaluate_splits(model, task, run.config, ["test"]) | evaluate_splits(model, task, run.config, ["ood"], brief=True)
         shown = task.problems("test", 24, "traces")
         traces = examples(model, task, shown, run.config, generator_for(run.config.seed, "traces", run.step))
     summary = {"warm_start": before["test"], **after, "ledger": run.ledger, "seconds": run.seconds, **provenance(run)}
