@@ -112,10 +112,9 @@ def training_figure(path: Path, runs: dict[str, Sequence[dict]]) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    if runs:
-        axes[0].legend(frameon=False)
-    if axes[1].lines:
-        axes[1].legend(frameon=False, fontsize="small")
+    for axis in axes[:2]:
+        if axis.lines:
+            axis.legend(frameon=False, fontsize="small").set_in_layout(False)  # a long name must not squeeze the axes
     figure.savefig(path, dpi=130)
 
 
