@@ -105,7 +105,7 @@ class Tile(NamedTuple):
 
 def tile_of(q: Tensor, shared: bool) -> Tile:
     """Many rows meet a shared prefix, G rows a suffix. The largest tiles found that spill no register on sm_80, sm_90 and sm_100;
-    tests/compiled.py compiles every one of them."""
+    tests/compiled.py compiles them."""
     wide = q.shape[2] > 128
     if q.dtype == torch.float32:
         return Tile(16, 32, 8, 1)
