@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="train nothing: what the runs that are there say")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     args, rest = parser.parse_known_args(argv)
-    seeds = [int(x) for x in args.seeds.split(",") if x] if "," in args.seeds else list(range(int(args.seeds)))
     folder = args.results / args.config.stem
     try:
+        seeds = parse_seeds(args.seeds)
         shared = parse_overrides(rest)
         jobs = [Job.of(args.config, arm, seed, shared, folder, args.split)
                 for arm in args.algorithms.split(",") for seed in seeds]
@@ -63,20 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if args.report:
         jobs = [job for job in jobs if job.result.is_file()]
+    if not jobs:
+        raise UserError(f"there are no such runs in {folder}: leave out --report to train them")
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
         arms.setdefault(job.arm, []).append(json.loads(job.result.read_text()))
-    if not arms:
-        raise UserError(f"there are no runs in {folder}: leave out --report to train them")
     text = tables(arms)
     print(text)
-    name = "comparison" + ("" if args.split == "test" else f"-{args.split}")
+    name = f"comparison{jobs[0].setting}"
     (folder / f"{name}.md").write_text(text + "\n")
     curves_figure(folder / f"{name}-curves.png", arms)
     budgets_figure(folder / f"{name}-budget.png", arms)
     print(f"\n{folder}: {name}.md, {name}-curves.png, {name}-budget.png")
     return 0
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'3' -> [0, 1, 2], '3,' -> [3], '0,4' -> [0, 4]. Raises ValueError with an example."""
+    words = text.rstrip(",").split(",")
+    if not all(word.isdecimal() for word in words) or text == "0":
+        raise ValueError(f"--seeds={text}: give a number of seeds, such as 3, or the seeds themselves, such as 0,1,4 or 3,")
+    return [int(word) for word in words] if "," in text else list(range(int(text)))
 
 
 # --- Running ---
@@ -91,6 +99,7 @@ class Job:
     overrides: dict[str, str]
     config: RunConfig
     split: str
+    setting: str  # what is unlike the config file for all arms, and the split: part of every name, so that nothing is mixed up
     result: Path  # where its file goes
 
     @classmethod
@@ -101,8 +110,8 @@ class Job:
         if load_config(config_path).device != "cuda":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
-        name = f"{arm}-seed={seed}" + ("" if split == "test" else f"-{split}")
-        return cls(arm, config_path, overrides, config, split, folder / f"{name}.json")
+        setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
+        return cls(arm, config_path, overrides, config, split, setting, folder / f"{arm}-seed={seed}{setting}.json")
 
     @property
     def run(self) -> Path:
@@ -132,11 +141,13 @@ def run_all(jobs: list[Job], processes: int) -> None:
 
 
 def steps_done(job: Job) -> int:
+    """Finished RL steps of a run, for the progress bar."""
     path = job.run / "metrics.jsonl"
     return len(report.read_jsonl(path)) - 1 if path.is_file() else 0
 
 
 def warm_start(job: Job) -> None:
+    """Train and cache the warm start that all runs of a seed share."""
     device = choose_device(job.config)
     cached_warm_start(Countdown.from_config(job.config), job.config, device, False)
 
@@ -168,6 +179,7 @@ def evaluated(job: Job) -> dict:
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
                        "habits": section["habits"], "per_problem": section["per_problem"]})
+    # The last folder is the trained policy's.
     harder = evaluate_policy(checkpoint.load_model(folder, device), task, distinct(task, "ood", config.eval_problems, "eval"),
                              config, "eval", brief=True)
     return {"arm": job.arm, **made, "points": points, "ood": harder["per_problem"]}

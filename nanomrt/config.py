@@ -1,8 +1,8 @@
 """Every key of a run, with its type, default and meaning, once.
 
-A config file is plain assignments (`alpha = 1.0`), perhaps on top of another file (`base = "small.py"`), loaded into a
-frozen dataclass; `--key=value` or `--key value` on the
-command line wins over it. A misspelt key, a wrong type or an impossible combination is an error before any work starts.
+A config file is plain assignments (`alpha = 1.0`), perhaps on top of another file (`base = "small.py"`), loaded into a frozen
+dataclass; `--key=value` or `--key value` on the command line wins over it. A misspelt key, a wrong type or an impossible
+combination is an error before any work starts.
 The model's own shape is saved beside its weights (`ModelConfig`) and comes from there when a checkpoint is loaded.
 """
 
@@ -158,6 +158,9 @@ class RunConfig:
              "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "
              "micro_batch_tokens, eval_problems and eval_samples must be at least 1"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
+            (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
+             f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
+             "leave it at 0"),
             (self.learning_rate > 0, "learning_rate must be positive"),
             (0 <= self.learning_rate_end <= 1, "learning_rate_end must lie in 0..1: it is a share of learning_rate"),
             (self.forks == 1 or self.fork_temperature > 0,

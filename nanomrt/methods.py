@@ -68,14 +68,16 @@ class Gathered:
         return metrics
 
     def example(self, task) -> dict:
-        """The batch's first rollout with an episode, and its J if it is known at every boundary (in the prefix form it is
-        known at two)."""
-        E, row, J = self.episodes, 0, []
+        """The batch's first rollout with an episode, and its values if they were measured at just its boundaries (the prefix form
+        knows two of them)."""
+        E, row, J, measured_at = self.episodes, 0, [], []
         if E is not None and len(E.row):
-            row = int(E.row[0])
+            row, first = int(E.row[0]), int(self.batch.offset[E.row[0]])
             J = E.J_before[:1].tolist() + E.J_after[E.row == row].tolist()
-        episodes = len(task.episode_ends(self.rollouts.response(row)))
-        return example(task, self.rollouts, row, J if len(J) == episodes + 1 else [])
+            measured_at = [int(E.start[0]) - first, *(E.end[E.row == row] - first).tolist()]
+        start = self.rollouts.prompt_length[row]
+        ends = [start + end for end in task.episode_ends(self.rollouts.response(row))]
+        return example(task, self.rollouts, row, J if measured_at == [start, *ends] else [])
 
 
 # --- Gathering: (model, task, problems, config, generator) -> Gathered ---

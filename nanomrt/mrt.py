@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanomrt.config import RunConfig
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -142,12 +144,12 @@ def spread(batch: Batch, episodes: Episodes, credit: Tensor) -> Tensor:
 # --- Credit: a method's A for every token, (N,), 0 where the policy did not act ---
 
 
-def outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`."""
     return group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
 
 
-def short_outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+def short_outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """GRPO with a price on tokens: reward · (1 - length_penalty · min(1, tokens / thinking_budget)). Only right answers pay: else
     the shortest wrong answer would be the best of a group that finds none. Arora and Zanette, arXiv 2502.04463."""
     tokens = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.is_action.float())  # (B,)
@@ -155,7 +157,7 @@ def short_outcome_credit(batch: Batch, episodes: Episodes | None, config) -> Ten
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
 
 
-def progress_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """MRT: A_j = A_outcome + alpha · credit_j, (3), with progress normalised over the batch. Qu et al., arXiv 2503.07572."""
     advantage = outcome_credit(batch, episodes, config)
     if episodes is None or config.alpha == 0:
@@ -165,8 +167,8 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 
 
-def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
-    """MRT's backtracking form: reward f + alpha · (f - J(z_1)) for all that follows the failed attempt z_1, relative to the
+def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
+    """MRT's backtracking form: reward f + alpha · (f - J(z_1)) for all that follows the first attempt z_1, relative to the
     group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
     if episodes is None or config.alpha == 0:
         return outcome_credit(batch, episodes, config)
@@ -175,14 +177,14 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config) -> Tens
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
 
 
-def value_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+def value_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
     itself. Summed over a rollout it is reward - V(c_0), the outcome; no other term. Kazemnejad et al., arXiv 2410.01679."""
     difference = normalise(episodes.progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     return spread(batch, episodes, difference) * batch.is_action
 
 
-def anytime_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
+def anytime_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """Budget relative policy optimisation: A = R(s) - baseline, R(s) = 1/C · integral_s^C J(t) dt, for the tokens of an episode
     that starts after s thinking tokens; C is the thinking budget. Qi et al., arXiv 2505.13438.
 
@@ -191,18 +193,18 @@ def anytime_credit(batch: Batch, episodes: Episodes, config) -> Tensor:
     """
     C, device = config.thinking_budget, batch.tokens.device
     J, s = value_over_tokens(batch, episodes, C)  # (B,C+1), (N,)
-    t, so_far = torch.arange(C + 1, device=device), J.cumsum(1)
+    t, so_far = torch.arange(C + 1, device=device), J.cumsum(1)  # (C+1,), (B,C+1)
     ahead, past = (so_far[:, C - 1 : C] - so_far + J) / C, (so_far - J) / t.clamp(min=1)  # (B,C+1) R, and the mean J before
     _, group, size = batch.prompt_id.unique(return_inverse=True, return_counts=True)
     shared = ahead.new_zeros(len(size), C + 1).index_add(0, group, ahead) / size[:, None]  # (P,C+1)
-    baseline = t / C * past * (C - t) / C + (1 - t / C) * shared[group]
+    baseline = t / C * past * (C - t) / C + (1 - t / C) * shared[group]  # (B,C+1)
     return (ahead - baseline)[batch.row, s] * batch.is_action
 
 
 def value_over_tokens(batch: Batch, episodes: Episodes, C: int) -> tuple[Tensor, Tensor]:
     """J after t thinking tokens, t = 0..C, (B,C+1): the last boundary's, and the reward once the answer is given; and for every
     token (N,) the t at which its episode, or the answer, begins. For whole traces."""
-    row, begin = episodes.row, batch.offset + batch.lengths  # (E,)
+    row, begin = episodes.row, batch.offset + batch.lengths  # (E,), (B,)
     begin = begin.index_add(0, batch.row, -batch.is_action.long())  # (B,) the first token of each response
     start, end = (x - begin[row] for x in (episodes.start, episodes.end))  # (E,) in thinking tokens
     thinking = torch.zeros_like(begin).scatter_reduce(0, row, end, "amax").clamp(max=C)  # (B,)
@@ -215,12 +217,12 @@ def value_over_tokens(batch: Batch, episodes: Episodes, C: int) -> tuple[Tensor,
     return change.cumsum(1), torch.where(inside, s, thinking[batch.row])
 
 
-def imitation_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+def imitation_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """Supervised learning of what is right: A = reward in {0, 1}, no baseline. Zelikman et al. (STaR), arXiv 2203.14465."""
     return batch.reward[batch.row] * batch.is_action
 
 
-def plain_credit(batch: Batch, episodes: Episodes | None, config) -> Tensor:
+def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """Supervised learning of everything: A = 1."""
     return batch.is_action.float()
 

@@ -31,7 +31,22 @@ def test_an_arm_is_an_algorithm_with_keys_of_its_own():
     job = compare.Job.of(Path("config/tiny.py"), "mrt_online+alpha=2+gamma=0.5", 3, {"steps": "7"}, Path("r"), "validation")
     config = job.config
     assert (config.algorithm, config.alpha, config.gamma, config.seed, config.steps) == ("mrt_online", 2.0, 0.5, 3, 7)
-    assert job.result == Path("r/mrt_online+alpha=2+gamma=0.5-seed=3-validation.json") and job.run.parent == Path("out")
+    assert job.result == Path("r/mrt_online+alpha=2+gamma=0.5-seed=3-steps=7-validation.json") and job.run.parent == Path("out")
+
+
+def test_runs_with_other_settings_have_other_names():
+    """A file is never taken for that of a run with another key; what the config file says anyway is no difference."""
+    name = lambda **shared: compare.Job.of(Path("config/tiny.py"), "grpo", 0, shared, Path(), "test").result.name
+    assert name() == name(steps="12") == name(out_dir="elsewhere") == "grpo-seed=0.json"
+    assert name(steps="13") == "grpo-seed=0-steps=13.json"
+
+
+def test_seeds():
+    """How many, or which."""
+    assert [compare.parse_seeds(x) for x in ("3", "3,", "0,4")] == [[0, 1, 2], [3], [0, 4]]
+    for wrong in ("", "0", "many", "-1", "1.5", ","):
+        with pytest.raises(ValueError, match="a number of seeds, such as 3"):
+            compare.parse_seeds(wrong)
 
 
 @pytest.mark.parametrize("arm, message", [("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"),
@@ -97,15 +112,16 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert compare.main(command) == 0
     folder = tmp_path / "results/tiny"
     assert len(list((tmp_path / "out").glob("warm-*"))) == 1
-    saved = json.loads((folder / "anytime-seed=0.json").read_text())
+    saved = json.loads(next(folder.glob("anytime-seed=0-*.json")).read_text())
     assert [point["step"] for point in saved["points"]] == [0, 1, 2] and len(saved["points"][0]["per_problem"]["right"]) == 4
     tokens = [point["tokens"] for point in saved["points"]]
     assert tokens[0] == 0 < tokens[1] < tokens[2] and saved["commit"] and saved["config"]["seed"] == 0
-    before = (folder / "comparison.md").read_text()
+    table = next(folder.glob("comparison-*.md"))
+    before = table.read_text()
     monkeypatch.setattr(compare, "run_job", None)
-    assert compare.main(command) == 0 and (folder / "comparison.md").read_text() == before
+    assert compare.main(command) == 0 and table.read_text() == before
     assert compare.main([*command, "--report", "--seeds", "2"]) == 0  # of what is there, which is seed 0
-    assert (folder / "comparison.md").read_text() == before
-    with pytest.raises(UserError, match="no runs in .*leave out --report"):
+    assert table.read_text() == before
+    with pytest.raises(UserError, match="no such runs in .*leave out --report"):
         compare.main(["config/tiny.py", "--algorithms", "sft", "--report", "--results", str(tmp_path / "elsewhere")])
-    assert (folder / "comparison-curves.png").is_file() and (folder / "comparison-budget.png").is_file()
+    assert len(list(folder.glob("comparison-*-curves.png"))) == len(list(folder.glob("comparison-*-budget.png"))) == 1

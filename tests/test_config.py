@@ -134,6 +134,8 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--alpha=-1", "alpha must not be negative"),
     ("", "--kl_coef=0.1 --kl_estimator=k1_reward --algorithm=vineppo", "algorithm=vineppo doesn't follow: use k2"),
     ("", "--kl_coef=0.1 --kl_estimator=k1_reward --algorithm=mrt_star", "algorithm=mrt_star doesn't follow: use k2"),
+    ("", "--importance_cap=0.5", r"importance_cap must be 0 \(off\) or at least 1"),
+    ("", "--importance_cap=2 --algorithm=sft", "algorithm=sft learns what nobody sampled as it stands: leave it at 0"),
     ("", "--alpha=nan", "alpha"),
     ("", "--gamma=1.5", r"gamma must lie in 0\.\.1"),
     ("", "--learning_rate_end=2", r"learning_rate_end must lie in 0\.\.1"),

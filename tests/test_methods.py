@@ -384,3 +384,25 @@ def test_search_traces_are_the_warm_starts(task, asked):
     assert all(response[-1] == task.stop and response.count(task.close_thinking) == 1 for response in responses)
     rewards = task.audit(gathered.rollouts.problems, responses, gathered.rollouts.reward)
     assert set(rewards.values()) == {1.0}  # no flaw in the arithmetic: the flaws are in the search
+
+
+# --- What is shown ---
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "mrt_online", "mrt", "mrt_b"])
+def test_an_example_shows_J_only_where_it_was_measured_at_every_boundary(model, task, algorithm):
+    """Forms that begin in the middle of a trace know J at other places; whole traces know it at all of theirs."""
+    shown = []
+    for seed in range(6):
+        gathered = gather(model, task, settings(algorithm), seed)
+        example, measured = gathered.example(task), []
+        for r, start, end, before, after in episodes(gathered) if gathered.episodes else ():
+            if r == int(gathered.episodes.row[0]):
+                measured += [(end, after)] if measured else [(start, before), (end, after)]
+        r = int(gathered.episodes.row[0]) if measured else 0
+        start = gathered.rollouts.prompt_length[r]
+        places = [start, *(start + end for end in task.episode_ends(gathered.rollouts.response(r)))]
+        expected = [J for _, J in measured] if [place for place, _ in measured] == places else []
+        assert example["J"] == pytest.approx(expected)
+        shown.append(bool(expected))
+    assert all(shown) if algorithm == "mrt_online" else not all(shown)
