@@ -32,11 +32,14 @@ def warm_optimizers(model: Llama, config: RunConfig) -> list[torch.optim.Optimiz
             torch.optim.AdamW(other, lr=config.warm_adamw_lr, weight_decay=0.0, betas=(0.9, 0.95))]
 
 
-def warm_start(model: Llama, task, config: RunConfig) -> Iterator[float]:
-    """Train `model` in place; yields the loss of each step."""
+STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned suddenly, and who fails a gate gets a second stage
+
+
+def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[float]:
+    """Train `model` in place; yields the loss of each step. Problems and traces are those of this stage."""
     device = model.head.device
-    rng = random.Random(f"{config.seed}/warm")
-    problems = task.problems("train", config.warm_steps * config.warm_batch, f"{config.seed}/warm")
+    rng = random.Random(f"{config.seed}/{stage}")
+    problems = task.problems("train", config.warm_steps * config.warm_batch, f"{config.seed}/{stage}")
     optimizers = warm_optimizers(model, config)
     peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     scale = 1 / (config.warm_batch * task.attempt_tokens * config.trace_max_attempts)  # the constant normaliser
@@ -101,25 +104,35 @@ def warm_folder(config: RunConfig) -> Path:
     return Path(config.out_dir) / f"warm-{digest}"
 
 
+def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
+    """Show the gates; what to do about each that failed."""
+    failed = []
+    for name, (measured, required) in gates(model, task, config).items():
+        print(f"  gate {name:<16} {measured:.3f}  (needs {required:.2f})  {'ok' if measured >= required else 'FAILED'}")
+        failed += [GATE_ADVICE[name]] if measured < required else []
+    return failed
+
+
 def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
-    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained and saved. Raises UserError
-    with advice if a gate fails, unless `force`."""
+    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained until it passes the gates,
+    stage by stage, and saved. Raises UserError with advice if a gate fails then, unless `force`."""
     folder = warm_folder(config)
     if checkpoint.damage(folder) is None:
         print(f"warm start: {folder}, trained before")
+        failed = failed_gates(checkpoint.load_model(folder, device), task, config)
     else:
         shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
         model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape))
         model.initialise(torch.Generator().manual_seed(config.seed)).to(device)
-        with tqdm(total=config.warm_steps, desc="warm start", unit="step", mininterval=2.0) as bar:
-            for loss in warm_start(model, task, config):
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-                bar.update()
+        for stage in STAGES:
+            with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
+                for loss in warm_start(model, task, config, stage):
+                    bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                    bar.update()
+            failed = failed_gates(model, task, config)
+            if not failed or force:
+                break
         checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
-    failed = []
-    for name, (measured, required) in gates(checkpoint.load_model(folder, device), task, config).items():
-        print(f"  gate {name:<16} {measured:.3f}  (needs {required:.2f})  {'ok' if measured >= required else 'FAILED'}")
-        failed += [GATE_ADVICE[name]] if measured < required else []
     if failed and not force:
         raise UserError("the warm start is not ready for RL: " + "; ".join(failed) + ". --force goes on regardless")
     return folder

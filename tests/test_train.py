@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 import train
 from data.countdown import Countdown
-from nanomrt import checkpoint
+from nanomrt import checkpoint, warmstart
 from nanomrt.config import UserError, load_config, parse_overrides
 from nanomrt.model import Packed
 from nanomrt.mrt import Batch, token_weights
 from nanomrt.rollout import written
 from nanomrt.run import Run
-from nanomrt.warmstart import cached_warm_start
+from nanomrt.warmstart import cached_warm_start, warm_folder
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1"]
@@ -280,6 +280,23 @@ def test_mistakes_are_one_line_that_names_the_fix(tmp_path, words, message):
 def test_an_existing_run_is_not_overwritten(finished):
     with pytest.raises(UserError, match="--resume"):
         train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={finished.parent}"])
+
+
+@pytest.mark.parametrize("measured, stages, ready", [((1.0,), 1, True), ((0.0, 1.0), 2, True), ((0.0, 0.0), 2, False)], ids=str)
+def test_who_fails_a_gate_gets_a_second_stage(out, monkeypatch, measured, stages, ready):
+    """And who fails again gets none: that policy is kept, and the advice says what to do."""
+    config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(out), warm_steps=2, warm_batch=2)
+    seen = []
+    monkeypatch.setattr(warmstart, "gates", lambda model, task, config: seen.append(model.head.clone()) or
+                        {"result": (measured[len(seen) - 1], 0.5)})
+    start = lambda: cached_warm_start(Countdown.from_config(config), config, "cpu", force=False)
+    if ready:
+        start()
+    else:
+        with pytest.raises(UserError, match="raise warm_steps"):
+            start()
+    assert len(seen) == stages and (stages == 1 or not torch.equal(*seen))
+    assert torch.equal(checkpoint.load_model(warm_folder(config), "cpu").head, seen[-1])
 
 
 def test_a_failed_gate_stops_before_rl(out):
