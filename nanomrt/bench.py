@@ -5,7 +5,8 @@ Face's `generate` where `transformers` is installed.
     python -m nanomrt.bench --dry-run   the same program on tiny sizes, in seconds
 
 decode   prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a row, nobody stops: tokens per second. `products`
-         is the floor: the same linear layers and nothing else. `alone` gives every row a prompt of its own.
+         is the floor: the same linear layers and nothing else. `alone` gives every row a prompt of its own. On a GPU also
+         without CUDA graphs.
 forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
          with every context prefilled again.
 step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
@@ -32,7 +33,7 @@ from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.model import Llama, ModelConfig, mixed_precision
 from nanomrt.run import commit
-from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
+from nanomrt.sampler import Branches, Recording, Samples, Sampling, Segments, generate, prefill
 
 PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
 TRACE, ANSWER, FORKS, EPISODE = 108, 8, 12, 9
@@ -105,6 +106,18 @@ def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **opti
                                    pad_token_id=0, eos_token_id=None, **options)
 
 
+def launched(call: Callable[[], object]) -> Callable[[], object]:
+    """The same, with every kernel launched by itself instead of CUDA graphs."""
+    def without_graphs() -> None:
+        capture, Recording.capture = Recording.capture, lambda self: None
+        try:
+            call()
+        finally:
+            Recording.capture = capture
+
+    return without_graphs
+
+
 def forked(model: Llama, segments: Segments, places: list[tuple[int, int]]) -> Callable[[], object]:
     """Answers as branches of traces that are cached already, as in training."""
     branches = Branches.of([t for t, _ in places], [p for _, p in places], [[1, 2]] * len(places), model.head.device)
@@ -132,6 +145,7 @@ def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int)
         if model.head.is_cuda:
             static = hugging_face(model, task, repeated, cache_implementation="static")
             providers["Hugging Face generate, static cache, compiled"] = static
+            providers["nanomrt, no CUDA graphs"] = launched(providers["nanomrt"])
         seconds = medians({name: call for name, call in providers.items() if call}, repeats, f"decode, batch {batch}")
         rows += [{"case": f"batch {batch}", "provider": name, "seconds": value, "tokens_per_second": batch * NEW / value,
                   "times_nanomrt": value / seconds["nanomrt"], "share_of_floor": seconds["products"] / value}

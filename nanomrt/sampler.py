@@ -13,12 +13,16 @@ Row r's t-th token is drawn with a number that is a hash of (seed[r], t), so wha
 nor on when it got its slot. The distribution is the one the loss scores: softmax(logits / temperature) and nothing else. top-k
 and top-p exist for `sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
 
+On a GPU a decoding step is recorded as a CUDA graph and replayed until slots change hands (`Recording`).
+
 Left out: paged caches (a segment is contiguous) and prompts split between two forward passes.
 Dimension key: S segments, R branches, n slots, L cached prefix tokens, T suffix tokens, K key/value heads, D head dim,
 V vocabulary.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +35,7 @@ EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch rea
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
 MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: a CPU's caches hold the activations of no more
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
+READ_BY = {"cpu": 1, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 CPU_BYTES = 8 * 2**30  # what the caches of one call may take on a CPU, which does not say what is free
 
@@ -176,12 +181,19 @@ class Slots:
             self.contexts = tuple(new_cache(model, len(segment), prefix.positions.shape[1] + T) for _ in range(2))
             for whole, cache in zip(self.contexts, (prefix.keys, prefix.values)):
                 whole[:, :, :, : cache.shape[3]] = cache[:, segment]
-        self.longest = 0  # no suffix is longer
+        self.longest = self.read = 0  # no suffix is longer; what attention reads of each
         self._share()
+
+    def reserve(self, tokens: int) -> bool:
+        """Suffixes may grow by `tokens` now. Returns whether attention reads more of them than before."""
+        before, by = self.read, READ_BY[self.keys.device.type]
+        self.longest = min(self.longest + tokens, self.T)
+        self.read = min(max(-(-self.longest // by) * by, SHORTEST), self.keys.shape[3])
+        return self.read != before
 
     def feed(self, length: Tensor) -> "Slots":
         """Each row's next token goes to length (n,) in its suffix."""
-        self.length, self.longest = length, min(self.longest + 1, self.T)
+        self.length = length
         _, n, K, capacity, _ = self.keys.shape
         self.place_of_new = (torch.arange(n * K, device=length.device).view(n, K) * capacity + length[:, None]).flatten()
         return self
@@ -190,16 +202,17 @@ class Slots:
         keys, values = self.keys[layer], self.values[layer]  # (n,K,T,D)
         for cache, new in ((keys, k), (values, v)):
             cache.flatten(0, 2).index_copy_(0, self.place_of_new, new.flatten(0, 1))
-        t = max(self.longest, SHORTEST)
+        own = (cache[:, :, : self.read] for cache in (keys, values))
         return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
-                                        self.place, keys[:, :, :t], values[:, :, :t], self.length + 1)
+                                        self.place, *own, self.length + 1)
 
-    def turn_over(self, rows: "Rows") -> None:
-        """Finished rows leave. Their slots go to rows that wait; of those that stay free, the last slots' rows take the first."""
+    def turn_over(self, rows: "Rows") -> bool:
+        """Finished rows leave. Their slots go to rows that wait; of those that stay free, the last slots' rows take the first.
+        Returns whether anything changed."""
         finished = rows.finished[self.row]  # (n,)
         count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
         if 8 * count < n:
-            return  # moving rows costs more than an idle eighth
+            return False  # moving rows costs more than an idle eighth
         left = finished.nonzero().squeeze(1)
         if self.contexts is not None:
             self._keep(left)
@@ -216,6 +229,7 @@ class Slots:
         if n:
             self.longest = int(rows.length[self.row].max())
             self._share()
+        return True
 
     def _keep(self, slot: Tensor) -> None:
         """Put the suffixes of these slots behind their prefixes."""
@@ -285,6 +299,58 @@ class Rows:
         return Samples(self.tokens[:, :-1], is_action, self.logprobs[:, :-1], lengths, self.stopped, branches, segments)
 
 
+class Recording:
+    """A step that is repeated, on a GPU with one launch instead of hundreds: called for the first time it runs kernel by kernel,
+    which compiles them; the second call is captured as a CUDA graph; all later ones replay that.
+
+    A graph works on the addresses and shapes of its capture, so `restart` when they change. All of it runs within `stream`.
+    """
+
+    latest: "torch.cuda.CUDAGraph | None" = None  # kept: while one graph lives, the next one takes over its memory
+
+    def __init__(self, step: Callable[[], None], device: torch.device):
+        self.step, self.on_gpu = step, device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        self.ran, self.graph = False, None
+
+    def __call__(self) -> None:
+        if self.graph is None and self.ran and self.on_gpu:
+            self.graph = self.capture()
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+        self.ran = True
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(*([Recording.latest.pool()] if Recording.latest else []))
+        try:
+            self.step()
+        finally:  # an interrupted run still has a checkpoint to save, which a stream that captures can't
+            graph.capture_end()
+        Recording.latest = graph
+        return graph
+
+    @staticmethod
+    @contextmanager
+    def stream(device: torch.device) -> Iterator[None]:
+        """The default stream can't be captured: on a GPU what stands inside runs on another one, after all that came before."""
+        if device.type != "cuda":
+            yield
+            return
+        mine, outer = second_stream(device), torch.cuda.current_stream(device)
+        mine.wait_stream(outer)
+        with torch.cuda.stream(mine):
+            yield
+        outer.wait_stream(mine)
+
+
+second_stream = functools.cache(torch.cuda.Stream)  # one for good: libraries keep a workspace per stream
+
+
 def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, sampling: Sampling) -> None:
     """Feed one token of every slot's row and write down its next one. No line waits for the device or knows a row by name."""
     row, at = slots.row, rows.length[slots.row]  # (n,)
@@ -295,7 +361,7 @@ def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, s
     going = ~(rows.finished[row] | full)  # a finished row repeats its last step until its slot is taken
     token = torch.where(forced, rows.tokens[row, at], draw(logp, rows.uniform[row, at], sampling))
     rows.tokens[row, at] = token * going
-    rows.logprobs[row, at] = logp.gather(1, token[:, None]).squeeze(1).where(going, 0.0)
+    rows.logprobs[row, at] = logp.gather(1, token[:, None]).squeeze(1).masked_fill(~going, 0.0)
     stopped = going & ends_with(stop, rows.tokens, row, at, rows.given[row])
     rows.stopped[row] |= stopped
     rows.finished[row] |= stopped | full
@@ -325,12 +391,16 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     width = max(map(len, stops), default=1)
     stop = torch.tensor([(*[-1] * (width - len(ids)), *ids) for ids in stops], dtype=torch.int64, device=device).view(-1, width)
     max_rows = min(max_rows or len(rows.ends), fitting_rows(model, prefix, len(rows.ends), T, keep))
-    slots = Slots(model, prefix, branches, T, max_rows, keep)
-    with mixed_precision(device):
+    slots, steps = Slots(model, prefix, branches, T, max_rows, keep), min(CHECK_EVERY[device.type], T)
+    step = Recording(lambda: decode(model, head, rows, slots, stop, sampling), device)
+    with mixed_precision(device), Recording.stream(device):
         while len(slots.row):
-            for _ in range(min(CHECK_EVERY[device.type], T)):
-                decode(model, head, rows, slots, stop, sampling)
-            slots.turn_over(rows)
+            if slots.reserve(steps):
+                step.restart()
+            for _ in range(steps):
+                step()
+            if slots.turn_over(rows):
+                step.restart()
     return rows.samples(branches, prefix, slots.contexts)
 
 
@@ -366,7 +436,7 @@ def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         cdf = logp.exp().cumsum(dim=-1)
         ids = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
     if sampling.replace:
-        ids = torch.where(ids == sampling.replace[0], sampling.replace[1], ids)
+        ids = ids.masked_fill(ids == sampling.replace[0], sampling.replace[1])
     return ids
 
 

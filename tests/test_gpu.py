@@ -570,6 +570,25 @@ def test_learning_is_that_of_a_cpu():
     assert final_loss(DEVICE) == pytest.approx(final_loss("cpu"), rel=0.05)
 
 
+@pytest.mark.parametrize("most_rows", [8, 8192])
+def test_a_recorded_step_has_the_bits_of_the_step(model, task, monkeypatch, most_rows):
+    """CUDA graphs replayed while slots are refilled, against every kernel launched by itself."""
+    monkeypatch.setitem(sampler.MOST_ROWS, "cuda", most_rows)
+    graphs = []
+    capture = sampler.Recording.capture
+    monkeypatch.setattr(sampler.Recording, "capture", lambda self: graphs.append(self) or capture(self))
+
+    def sampled() -> list[Tensor]:
+        run, problems = load_config(TINY), task.problems("train", 16, 0)
+        samples = roll_out(model, task, problems, 4, training_sampling(task, run), torch.Generator().manual_seed(0)).samples
+        return [samples.tokens, samples.logprobs, samples.lengths, samples.stopped, samples.contexts.positions]
+
+    recorded = [sampled() for _ in range(2)]  # the second one takes over the first one's memory
+    assert graphs
+    monkeypatch.setattr(sampler.Recording, "capture", lambda self: None)
+    assert all(same_bits(sampled(), found) for found in recorded)
+
+
 def test_the_trainer_scores_what_refilled_slots_drew(model, task, monkeypatch):
     """64 rows in eight slots, with suffixes of different lengths side by side."""
     monkeypatch.setitem(sampler.MOST_ROWS, "cuda", 8)

@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.countdown import Countdown
 from nanomrt import sampler
@@ -452,6 +454,71 @@ def test_refilled_slots_change_nothing(model, max_rows, stop, monkeypatch):
     for mine, exact in ((a.keys, b.keys), (a.values, b.values)):
         hidden = (a.positions == EMPTY)[None, :, None, :, None]
         torch.testing.assert_close(mine.masked_fill(hidden, 0), exact.masked_fill(hidden, 0), atol=1e-5, rtol=1e-4)
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph for a CPU: the calls of a step, made again on the same memory, whatever the host has in mind by then. What
+    makes the host wait for a result, or copies a number of its own to the device, fails as it does under capture."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "equal", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = function.name().startswith("aten::index") and any(x.dtype == torch.bool for x in tree_leaves(args[1:2])
+                                                                  if isinstance(x, Tensor))
+        assert not masks and not any(name in function.name() for name in self.WAITS), f"{function} makes the host wait"
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+    def replay(self) -> None:
+        for function, args, kwargs, outs in self.calls:
+            for out, new in zip(outs, tree_leaves(function(*args, **kwargs)), strict=True):
+                if out.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    out.copy_(new)  # the others are views, or were written in place
+
+
+class Taped(sampler.Recording):
+    """A recording on a CPU, its own graph."""
+
+    made: "list[Taped]" = []
+
+    def __init__(self, step, device):
+        super().__init__(step, device)
+        self.on_gpu, self.captures, self.replays = True, 0, 0
+        self.made.append(self)
+
+    def capture(self) -> "Taped":
+        with Tape() as self.tape:
+            self.step()
+        self.captures, self.done = self.captures + 1, True
+        return self
+
+    def replay(self) -> None:
+        if not self.done:  # a tape has run when it is recorded, a graph hasn't
+            self.tape.replay()
+            self.replays += 1
+        self.done = False
+
+
+@pytest.mark.parametrize("max_rows, budgets, read_by", [(16, range(13), 512), (60, [40], 16), (59, range(6), 1)], ids=str)
+def test_a_recorded_step_is_the_step(model, max_rows, budgets, read_by, monkeypatch):
+    """Replayed while slots are refilled, moved up and outgrow what attention reads: every row is what it is step by step."""
+    prompts, owner, contexts = groups(12)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts, 6)
+    sampling = Sampling(torch.tensor([budgets[r % len(budgets)] for r in range(60)]), (30, 31, 32) if len(budgets) > 1 else ())
+    step_by_step = generate(model, prefix, branches, sampling)
+    for name, value in (("CHECK_EVERY", 7), ("READ_BY", read_by)):
+        monkeypatch.setitem(getattr(sampler, name), "cpu", value)
+    monkeypatch.setattr(sampler, "Recording", Taped)
+    recorded = generate(model, prefix, branches, sampling, max_rows=max_rows)
+    assert Taped.made[-1].captures >= 2 and Taped.made[-1].replays >= 8
+    for name in ("tokens", "is_action", "lengths", "stopped"):
+        assert torch.equal(getattr(recorded, name), getattr(step_by_step, name))
+    torch.testing.assert_close(recorded.logprobs, step_by_step.logprobs, atol=1e-5, rtol=0)
 
 
 def test_fresh_weights_after_an_optimiser_step(model):
