@@ -1,5 +1,5 @@
-"""How fast the sampler is: beside its own matrix products, beside the same work without shared prefixes, and beside Hugging
-Face's `generate` where `transformers` is installed.
+"""How fast sampling and a whole GRPO step are: beside their own matrix products, beside the same work without shared prefixes,
+and beside Hugging Face's `generate` and TRL's `GRPOTrainer` where `transformers` and `trl` are installed.
 
     python -m nanomrt.bench             tables on the screen and results/sampler-<machine>.json
     python -m nanomrt.bench --dry-run   the same program on tiny sizes, in seconds
@@ -10,6 +10,7 @@ decode   prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a ro
 forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
          with every context prefilled again.
 step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
+grpo     a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
 
 Providers take turns, each figure is the median of the repetitions, and weights and tokens are random. Timing belongs here and
 never in a test.
@@ -23,15 +24,20 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
+import train
 from data.countdown import Countdown
 from nanomrt import checkpoint
+from nanomrt.config import RunConfig
 from nanomrt.model import Llama, ModelConfig, mixed_precision
+from nanomrt.mrt import Batch, outcome_credit
 from nanomrt.run import commit
 from nanomrt.sampler import Branches, Recording, Samples, Sampling, Segments, generate, prefill
 
@@ -90,16 +96,34 @@ def products(model: Llama, rows: int) -> Callable[[], object]:
     return multiply
 
 
-def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **options) -> Callable[[], object] | None:
-    """`generate` of transformers with the same weights and the same sampling; None where it is not installed.
-    options: such as cache_implementation="static", with which it compiles on a GPU."""
+def their_llama(model: Llama, task: Countdown):
+    """The same weights as a model of transformers; None where it is not installed."""
     try:
         from transformers import LlamaForCausalLM
     except ImportError:
         return None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "model", model, task.tokenizer, {})
-        theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model").to(model.head.device, model.head.dtype)
+        return LlamaForCausalLM.from_pretrained(Path(folder) / "model").to(model.head.device, model.head.dtype)
+
+
+def continuous_batching(model: Llama, task: Countdown, prompts: list[list[int]]) -> Callable[[], object] | None:
+    """transformers' paged sampler, whose slots are refilled, too. On a CPU it takes 20 s for 64 rows: it is left out there."""
+    theirs = their_llama(model, task)
+    if theirs is None:
+        return None
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    return lambda: theirs.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+
+
+def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **options) -> Callable[[], object] | None:
+    """`generate` of transformers with the same weights and the same sampling; None where it is not installed.
+    options: such as cache_implementation="static", with which it compiles on a GPU."""
+    theirs = their_llama(model, task)
+    if theirs is None:
+        return None
     ids = torch.tensor(prompts, device=model.head.device)
     mask = torch.ones_like(ids)
     return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW,
@@ -131,6 +155,57 @@ def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[in
     return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
+def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
+    """Rollouts and the update of train.py; rewards are arbitrary."""
+    config = RunConfig(steps=10**6, thinking_budget=NEW)
+    run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    rows = len(prompts) * GROUP
+    sample, owner = ours(model, prompts, rows), torch.arange(len(prompts)).repeat_interleave(GROUP)
+
+    def step() -> None:
+        samples, device = sample(), model.head.device
+        context = torch.tensor([prompts[i][:-1] for i in owner], device=device)
+        tokens, before = torch.cat([context, samples.tokens], 1), torch.zeros_like(context)
+        batch = Batch(tokens.flatten(), torch.full((rows,), tokens.shape[1], device=device),
+                      torch.cat([before.bool(), samples.is_action], 1).flatten(),
+                      torch.cat([before.float(), samples.logprobs], 1).flatten(), tokens.sum(1).float() % 2, owner.to(device),
+                      torch.ones(rows, dtype=torch.bool, device=device))
+        train.update(model, optimizer, batch, outcome_credit(batch, None, config), None, run)
+
+    return step
+
+
+def trl_steps(model: Llama, task: Countdown, prompts: list[list[int]], repeats: int) -> float | None:
+    """Median seconds of a step of TRL's GRPOTrainer after the first; None where it is not installed."""
+    try:
+        from datasets import Dataset
+        from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        return None
+    ends = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder) / "model", model, task.tokenizer, {})
+        theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model")
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
+        tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([0, task.stop])
+        config = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=len(prompts) * GROUP, num_generations=GROUP, max_completion_length=NEW,
+            generation_kwargs={"min_new_tokens": NEW}, top_k=0, beta=0.0, max_steps=repeats + 1, learning_rate=1e-9,
+            use_cpu=not model.head.is_cuda, bf16=model.head.is_cuda, gradient_checkpointing=False, save_strategy="no",
+            report_to="none", logging_strategy="no", disable_tqdm=True)
+        GRPOTrainer(model=theirs, args=config, processing_class=tokenizer, callbacks=[Clock()],
+                    reward_funcs=lambda completion_ids, **_: [sum(ids) % 2 for ids in completion_ids],
+                    train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(ids) for ids in prompts]})).train()
+    return statistics.median(b - a for a, b in zip(ends, ends[1:]))
+
+
 # --- Tables ---
 
 
@@ -145,6 +220,7 @@ def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int)
         if model.head.is_cuda:
             static = hugging_face(model, task, repeated, cache_implementation="static")
             providers["Hugging Face generate, static cache, compiled"] = static
+            providers["Hugging Face generate_batch"] = continuous_batching(model, task, repeated)
             providers["nanomrt, no CUDA graphs"] = launched(providers["nanomrt"])
         seconds = medians({name: call for name, call in providers.items() if call}, repeats, f"decode, batch {batch}")
         rows += [{"case": f"batch {batch}", "provider": name, "seconds": value, "tokens_per_second": batch * NEW / value,
@@ -180,6 +256,15 @@ def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
             for name, value in seconds.items()]
 
 
+def grpo_rows(model: Llama, task: Countdown, count: int, repeats: int) -> list[dict]:
+    prompts = random_rows(model, count, PROMPT)
+    seconds = medians({"nanomrt": grpo_step(model, prompts)}, repeats, "GRPO step")
+    seconds["TRL GRPOTrainer"] = trl_steps(model, task, prompts, repeats)
+    return [{"case": f"GRPO step of {count * GROUP} rollouts", "provider": name, "seconds": value,
+             "tokens_per_second": count * GROUP * NEW / value, "times_nanomrt": value / seconds["nanomrt"]}
+            for name, value in seconds.items() if value]
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| case | provider | ms | tokens/s | x our time |", "|---|---|---|---|---|"]
     lines += [f"| {row['case']} | {row['provider']} | {1e3 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | "
@@ -201,7 +286,7 @@ def main(argv: list[str]) -> Path:
     model = small_llama(task, device)
     batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, arguments.repeats)
     rows = [*decode_rows(model, task, batches, repeats), *fork_rows(model, count, repeats),
-            *step_rows(model, -(-count // 2), repeats)]
+            *step_rows(model, -(-count // 2), repeats), *grpo_rows(model, task, -(-count // 2), repeats)]
     machine = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
     path = arguments.out / f"sampler-{machine}.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
