@@ -107,7 +107,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        """In fp32; returned in the type of the products that read it, or autocast would make a copy for each of them."""
+        kind, normed = x.device.type, F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
 
 
 class Attention(nn.Module):

@@ -2,13 +2,16 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels import bench
+from kernels import profile as step_profile
 from nanomrt import bench as sampler_bench
 from nanomrt.config import UserError
+from nanomrt.model import Llama
 
 
 @pytest.mark.parametrize("lengths", [(1,), (0, 3), (5, 1, 0, 17), tuple(random.Random(0).choices(range(40), k=20))])
@@ -149,3 +152,28 @@ def test_dry_run_of_the_sampler(tmp_path, capsys):
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
     assert all(row["share_of_floor"] == 1 for row in rows if row["provider"] == "products")
     assert capsys.readouterr().out.count("\n") == len(rows) + 2
+
+
+def test_dry_run_of_the_profile(tmp_path, capsys):
+    """Each operation is in one group, the groups hold all of the time, and the file has what the screen shows."""
+    assert step_profile.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "profile-dry-run-on-a-cpu.json").read_text())
+    assert sum(row["ms"] for row in saved["groups"]) == pytest.approx(saved["busy_ms"])
+    assert {row["group"] for row in saved["operations"]} >= {"products", "attention", "log-probs", "norms", "SwiGLU"}
+    assert 0 < saved["elementwise_ms"] < saved["busy_ms"] and saved["mfu"] > 0
+    assert "| products" in capsys.readouterr().out
+
+
+def test_the_flops_of_a_step():
+    """One layer, two tokens, counted by hand: 6 per weight and token, and 14 D for each of three visible pairs and two heads."""
+    config = replace(step_profile.TINY, num_hidden_layers=1)
+    C, F, V, H, K, D = 32, 64, 118, 2, 1, 16
+    weights = C * H * D + 2 * C * K * D + H * D * C + 3 * C * F + V * C
+    assert step_profile.flops(Llama(config), (2,)) == 6 * weights * 2 + 14 * D * H * 3
+    assert step_profile.floor_bytes(config, 1) == 3 * (12 * C + 20 * C + 4 * (H + K) * D + 6 * F)
+
+
+def test_the_profile_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="needs a CUDA device.*--dry-run"):
+        step_profile.main([])

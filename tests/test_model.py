@@ -264,3 +264,16 @@ def test_forward_writes_to_no_argument():
     positions, copies = packed.position_ids, (tokens.clone(), packed.position_ids)
     random_model()(tokens, positions, packed)
     assert torch.equal(tokens, copies[0]) and torch.equal(positions, copies[1])
+
+
+def test_under_autocast_a_norm_casts_once_and_the_residual_stream_stays_fp32(monkeypatch):
+    """What several products read is in their type when they get it; sums of blocks are not rounded."""
+    model, seen = random_model(qk_norm=True), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, out, name=name: seen.update({name: (inputs[0].dtype, out.dtype)}))
+    monkeypatch.setattr("nanomrt.model.mixed_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    run(model, tokens_of())
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            assert seen[f"{layer}.{name}"] == (torch.bfloat16, torch.bfloat16)
+        assert seen[layer] == (torch.float32, torch.float32)
