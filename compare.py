@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one per core, or one on a GPU)")
     parser.add_argument("--report", action="store_true", help="train nothing: what the runs that are there say")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
+    parser.add_argument("--name", default="comparison", help="of the table and the figures")
     args, rest = parser.parse_known_args(argv)
     folder = args.results / args.config.stem
     try:
@@ -71,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms.setdefault(job.arm, []).append(json.loads(job.result.read_text()))
     text = tables(arms)
     print(text)
-    name = f"comparison{jobs[0].setting}"
+    name = f"{args.name}{jobs[0].setting}"
     (folder / f"{name}.md").write_text(text + "\n")
-    curves_figure(folder / f"{name}-curves.png", arms)
-    budgets_figure(folder / f"{name}-budget.png", arms)
-    print(f"\n{folder}: {name}.md, {name}-curves.png, {name}-budget.png")
+    for kind, draw in (("curves", curves_figure), ("budget", budgets_figure), ("frontier", frontier_figure)):
+        draw(folder / f"{name}-{kind}.png", arms)
+    print(f"\n{folder}: {name}.md, {name}-curves.png, {name}-budget.png, {name}-frontier.png")
     return 0
 
 
@@ -332,6 +333,26 @@ def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
              ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
+    """What an arm ends with: accuracy against the price of a right answer, both with their intervals. Better is up and left."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    points = {"warm start": (0, next(iter(arms.values()))), **{arm: (-1, runs) for arm, runs in arms.items()}}
+    for i, (label, (at, runs)) in enumerate(points.items()):
+        colour, marker = COLOURS[(i - 1) % len(COLOURS)] if i else "0.5", "os^D"[i // len(COLOURS) % 4]
+        values = values_at(runs, "step", runs[0]["points"][at]["step"])
+        (y, *ys), (x, *xs) = (bootstrap(statistic, values) for statistic, _ in METRICS.values())
+        axes.plot(xs, [y, y], color=colour, alpha=0.35, linewidth=1)
+        axes.plot([x, x], ys, color=colour, alpha=0.35, linewidth=1)
+        axes.plot(x, y, marker, color=colour, markersize=7, label=label)
+    axes.set(xlabel="tokens per right answer", ylabel="accuracy")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

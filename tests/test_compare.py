@@ -124,4 +124,5 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert table.read_text() == before
     with pytest.raises(UserError, match="no such runs in .*leave out --report"):
         compare.main(["config/tiny.py", "--algorithms", "sft", "--report", "--results", str(tmp_path / "elsewhere")])
-    assert len(list(folder.glob("comparison-*-curves.png"))) == len(list(folder.glob("comparison-*-budget.png"))) == 1
+    assert all(len(list(folder.glob(f"comparison-*-{kind}.png"))) == 1 for kind in ("curves", "budget", "frontier"))
+    assert compare.main([*command, "--report", "--name", "other"]) == 0 and next(folder.glob("other-*.md")).read_text() == before
