@@ -230,7 +230,8 @@ def bootstrap(statistic: Callable[..., float], *arms: Values) -> tuple[float, fl
 
 
 def tables(arms: dict[str, list[dict]]) -> str:
-    """Markdown: each arm at equal steps, tokens and time, its differences from the first one, and how it searches."""
+    """Markdown: each arm at equal steps, tokens and time, its differences from the first one, what it knows when it is stopped
+    early, and how it searches."""
     baseline = next(iter(arms))
     end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in ("step", "tokens", "seconds")}
     unit = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds"}
@@ -256,9 +257,16 @@ def tables(arms: dict[str, list[dict]]) -> str:
             mine, theirs = (values_at([pair[i] for pair in pairs], axis, end[axis]) for i in (1, 0))
             cells = [cell((lambda a, b, f=f: f(a) - f(b), digits), mine, theirs, sign="+") for f, digits in names.values()]
             text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
+    budgets = [budget for budget, _ in arms[baseline][0]["points"][0]["curve"]]
+    text += ["", "### Accuracy when stopped after so many thinking tokens, after all steps", "",
+             f"| method | {' | '.join(f'{budget:.0f}' for budget in budgets)} |", "|---|" + "---|" * len(budgets)]
+    ends = [("warm start", arms[baseline], 0), *((arm, runs, -1) for arm, runs in arms.items())]
+    for arm, runs, at in ends:
+        curve = np.mean([run["points"][at]["curve"] for run in runs], axis=0)[:, 1]  # over seeds
+        text.append(f"| {arm} | {' | '.join(f'{J:.3f}' for J in curve)} |")
     text += ["", "### Habits after all steps", "", f"| method | {' | '.join(runs[0]['points'][0]['habits'])} |",
              "|---|" + "---|" * len(runs[0]["points"][0]["habits"])]
-    for arm, runs, at in (("warm start", arms[baseline], 0), *((arm, runs, -1) for arm, runs in arms.items())):
+    for arm, runs, at in ends:
         habits = [run["points"][at]["habits"] for run in runs]
         text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in habits[0])} |")
     return "\n".join(text)

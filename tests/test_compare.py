@@ -95,12 +95,13 @@ def test_a_paired_difference_does_not_see_what_both_arms_share():
 def test_the_tables_say_what_the_runs_say():
     """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
     text = compare.tables({"grpo": GRPO, "mrt": MRT})
-    steps, tokens, seconds, differences, habits = text.split("###")[1:]
+    steps, tokens, seconds, differences, budgets, habits = text.split("###")[1:]
     rows = lambda part, arm: [row.split(" | ") for row in part.splitlines() if row.startswith(f"| {arm} |")]
     assert rows(steps, "mrt")[0][2].startswith("1.000") and rows(tokens, "mrt")[0][2].startswith("0.500")
     assert rows(seconds, "mrt")[0][2].startswith("1.000") and "100 sampled tokens" in tokens and "4 seconds" in seconds
     assert [row[2].split()[0] for row in rows(differences, "mrt")] == ["+0.500", "+0.000", "+0.500"]
     assert [rows(habits, arm)[0][1:] for arm in ("warm start", "mrt")] == [["0.00", "0.25 |"], ["1.00", "0.25 |"]]
+    assert "| method | 0 | 10 |" in budgets and rows(budgets, "mrt")[0][1:] == ["0.100", "0.500 |"]
     assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
 
 
