@@ -36,10 +36,11 @@ import train
 from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
+from nanomrt.cudagraph import Recording
 from nanomrt.model import Llama, ModelConfig, mixed_precision
 from nanomrt.mrt import Batch, outcome_credit
 from nanomrt.run import commit
-from nanomrt.sampler import Branches, Recording, Samples, Sampling, Segments, generate, prefill
+from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
 
 PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
 TRACE, ANSWER, FORKS, EPISODE = 108, 8, 12, 9

@@ -13,22 +13,21 @@ Row r's t-th token is drawn with a number that is a hash of (seed[r], t), so wha
 nor on when it got its slot. The distribution is the one the loss scores: softmax(logits / temperature) and nothing else. top-k
 and top-p exist for `sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
 
-On a GPU a decoding step is recorded as a CUDA graph and replayed until slots change hands (`Recording`).
+On a GPU a decoding step is recorded as a CUDA graph and replayed until slots change hands (`cudagraph.py`).
 
 Left out: paged caches (a segment is contiguous) and prompts split between two forward passes.
 Dimension key: S segments, R branches, n slots, L cached prefix tokens, T suffix tokens, K key/value heads, D head dim,
 V vocabulary.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import kernels
+from nanomrt.cudagraph import Recording, own_stream
 from nanomrt.model import Llama, Packed, compute_dtype, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
@@ -299,58 +298,6 @@ class Rows:
         return Samples(self.tokens[:, :-1], is_action, self.logprobs[:, :-1], lengths, self.stopped, branches, segments)
 
 
-class Recording:
-    """A step that is repeated, on a GPU with one launch instead of hundreds: called for the first time it runs kernel by kernel,
-    which compiles them; the second call is captured as a CUDA graph; all later ones replay that.
-
-    A graph works on the addresses and shapes of its capture, so `restart` when they change. All of it runs within `stream`.
-    """
-
-    latest: "torch.cuda.CUDAGraph | None" = None  # kept: while one graph lives, the next one takes over its memory
-
-    def __init__(self, step: Callable[[], None], device: torch.device):
-        self.step, self.on_gpu = step, device.type == "cuda"
-        self.restart()
-
-    def restart(self) -> None:
-        self.ran, self.graph = False, None
-
-    def __call__(self) -> None:
-        if self.graph is None and self.ran and self.on_gpu:
-            self.graph = self.capture()
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
-        self.ran = True
-
-    def capture(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(*([Recording.latest.pool()] if Recording.latest else []))
-        try:
-            self.step()
-        finally:  # an interrupted run still has a checkpoint to save, which a stream that captures can't
-            graph.capture_end()
-        Recording.latest = graph
-        return graph
-
-    @staticmethod
-    @contextmanager
-    def stream(device: torch.device) -> Iterator[None]:
-        """The default stream can't be captured: on a GPU what stands inside runs on another one, after all that came before."""
-        if device.type != "cuda":
-            yield
-            return
-        mine, outer = second_stream(device), torch.cuda.current_stream(device)
-        mine.wait_stream(outer)
-        with torch.cuda.stream(mine):
-            yield
-        outer.wait_stream(mine)
-
-
-second_stream = functools.cache(torch.cuda.Stream)  # one for good: libraries keep a workspace per stream
-
-
 def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, sampling: Sampling) -> None:
     """Feed one token of every slot's row and write down its next one. No line waits for the device or knows a row by name."""
     row, at = slots.row, rows.length[slots.row]  # (n,)
@@ -393,7 +340,7 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     max_rows = min(max_rows or len(rows.ends), fitting_rows(model, prefix, len(rows.ends), T, keep))
     slots, steps = Slots(model, prefix, branches, T, max_rows, keep), min(CHECK_EVERY[device.type], T)
     step = Recording(lambda: decode(model, head, rows, slots, stop, sampling), device)
-    with mixed_precision(device), Recording.stream(device):
+    with mixed_precision(device), own_stream(device):
         while len(slots.row):
             if slots.reserve(steps):
                 step.restart()
