@@ -1,8 +1,7 @@
 """Repeating a step with one launch. Decoding a token takes hundreds of kernels, most of them shorter than their launch; recorded
 as a CUDA graph they are launched together. On a CPU a step is called, and that is all.
 
-    step = Recording(lambda: decode(...), device)
-    with own_stream(device):
+    with recording(lambda: decode(...), device) as step:
         for _ in range(n):
             step()                  # the same work on the same tensors
 """
@@ -13,27 +12,23 @@ from contextlib import contextmanager
 
 import torch
 
-the_stream = functools.cache(torch.cuda.Stream)  # one per device, for good: libraries keep a workspace for each
-
 
 class Recording:
-    """A step without arguments and without a look at the device's results. On a GPU its first call launches kernel by kernel,
-    which compiles them; the second one is captured as a graph; all later ones replay that.
+    """A step without arguments and without a look at the device's results. With a memory pool for its graphs, its first call
+    launches kernel by kernel, which compiles them; the second one is captured as a graph; all later ones replay that.
 
     A graph works on the addresses and shapes of its capture: `restart` when they change.
     """
 
-    latest: "torch.cuda.CUDAGraph | None" = None  # kept: while one graph lives, the next one takes over its memory
-
-    def __init__(self, step: Callable[[], None], device: torch.device):
-        self.step, self.on_gpu = step, device.type == "cuda"
+    def __init__(self, step: Callable[[], None], pool: "torch.cuda.MemPool | None"):
+        self.step, self.pool = step, pool
         self.restart()
 
     def restart(self) -> None:
         self.ran, self.graph = False, None
 
     def __call__(self) -> None:
-        if self.on_gpu and self.ran and self.graph is None:
+        if self.pool and self.ran and self.graph is None:
             self.graph = self.capture()
         if self.graph is None:
             self.step()
@@ -43,24 +38,30 @@ class Recording:
 
     def capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(*([Recording.latest.pool()] if Recording.latest else []))
+        graph.capture_begin(self.pool.id)
         try:
             self.step()
         finally:  # an interrupted run still has a checkpoint to save, which a stream that captures can't
             graph.capture_end()
-        Recording.latest = graph
         return graph
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
-    """The default stream can't be captured: on a GPU, what stands inside runs on another one, after all that came before it and
-    before all that follows."""
+def recording(step: Callable[[], None], device: torch.device) -> Iterator[Recording]:
+    """The step, to be called inside only. The default stream can't be captured: on a GPU, what stands inside runs on another one,
+    after all that came before it and before all that follows."""
     if device.type != "cuda":
-        yield
+        yield Recording(step, None)
         return
     mine, outer = the_stream(device), torch.cuda.current_stream(device)
     mine.wait_stream(outer)
-    with torch.cuda.stream(mine):
-        yield
-    outer.wait_stream(mine)
+    recorded = Recording(step, torch.cuda.MemPool())
+    try:
+        with torch.cuda.stream(mine):
+            yield recorded
+    finally:
+        outer.wait_stream(mine)  # after an error, too: what is enqueued still uses memory that is given back now
+        recorded.restart()  # the graph goes before its pool
+
+
+the_stream = functools.cache(torch.cuda.Stream)  # one per device, for good: libraries keep a workspace for each

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from nanomrt.cudagraph import Recording, own_stream
+from nanomrt.cudagraph import recording
 from nanomrt.model import Llama, Packed, compute_dtype, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
@@ -339,8 +339,8 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     stop = torch.tensor([(*[-1] * (width - len(ids)), *ids) for ids in stops], dtype=torch.int64, device=device).view(-1, width)
     max_rows = min(max_rows or len(rows.ends), fitting_rows(model, prefix, len(rows.ends), T, keep))
     slots, steps = Slots(model, prefix, branches, T, max_rows, keep), min(CHECK_EVERY[device.type], T)
-    step = Recording(lambda: decode(model, head, rows, slots, stop, sampling), device)
-    with mixed_precision(device), own_stream(device):
+    once = lambda: decode(model, head, rows, slots, stop, sampling)
+    with mixed_precision(device), recording(once, device) as step:
         while len(slots.row):
             if slots.reserve(steps):
                 step.restart()

@@ -24,6 +24,7 @@ from data.countdown import Countdown
 from kernels import reference
 from nanomrt import sampler
 from nanomrt.config import load_config
+from nanomrt.cudagraph import Recording
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.rollout import roll_out, training_sampling
 from nanomrt.warmstart import warm_start
@@ -572,21 +573,45 @@ def test_learning_is_that_of_a_cpu():
 
 @pytest.mark.parametrize("most_rows", [8, 8192])
 def test_a_recorded_step_has_the_bits_of_the_step(model, task, monkeypatch, most_rows):
-    """CUDA graphs replayed while slots are refilled, against every kernel launched by itself."""
+    """CUDA graphs replayed while slots are refilled, against every kernel launched by itself; and they keep no memory."""
     monkeypatch.setitem(sampler.MOST_ROWS, "cuda", most_rows)
-    graphs = []
-    capture = sampler.Recording.capture
-    monkeypatch.setattr(sampler.Recording, "capture", lambda self: graphs.append(self) or capture(self))
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
 
     def sampled() -> list[Tensor]:
         run, problems = load_config(TINY), task.problems("train", 16, 0)
         samples = roll_out(model, task, problems, 4, training_sampling(task, run), torch.Generator().manual_seed(0)).samples
         return [samples.tokens, samples.logprobs, samples.lengths, samples.stopped, samples.contexts.positions]
 
-    recorded = [sampled() for _ in range(2)]  # the second one takes over the first one's memory
-    assert graphs
-    monkeypatch.setattr(sampler.Recording, "capture", lambda self: None)
+    recorded = [sampled() for _ in range(3)]
+    assert len(replays) > 10
+    replays.clear()  # the graphs that they hold go
+    held = torch.cuda.memory_reserved()
+    for _ in range(10):
+        sampled()
+        replays.clear()
+    assert torch.cuda.memory_reserved() <= held
+    monkeypatch.setattr(Recording, "capture", lambda self: None)
     assert all(same_bits(sampled(), found) for found in recorded)
+
+
+def test_interrupted_sampling_leaves_the_device_usable(model, task, monkeypatch):
+    """Ctrl-C in the middle of a capture: what follows computes, and captures, as ever."""
+    run, problems = load_config(TINY), task.problems("train", 16, 0)
+    sample = lambda: roll_out(model, task, problems, 4, training_sampling(task, run), torch.Generator().manual_seed(0)).samples
+    expected, decode, calls = sample(), sampler.decode, []
+
+    def interrupted(*arguments):
+        decode(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampler, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sample()
+    monkeypatch.setattr(sampler, "decode", decode)
+    assert same_bits([expected.tokens, expected.logprobs], [(again := sample()).tokens, again.logprobs])
 
 
 def test_the_trainer_scores_what_refilled_slots_drew(model, task, monkeypatch):

@@ -18,6 +18,7 @@ FAMILY = {
     "qwen3": {"qk_norm": True, "tie_word_embeddings": False},
 }
 LENGTHS = (5, 1, 9, 2)
+CPU = torch.device("cpu")
 
 
 def random_model(**changes) -> Llama:
@@ -206,7 +207,7 @@ def test_rotation_depends_on_the_distance_alone():
     """<R_m q, R_n k> is a function of m - n, lengths stay, and position 0 is the identity."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 3, 8, generator=generator)
-    at = lambda x, position: rotate(x, *rotary(torch.tensor([position]), 8, 10_000.0))  # noqa: E731
+    at = lambda x, position: rotate(x, *rotary(128, 8, 10_000.0, CPU)[[position]].unbind(1))  # noqa: E731
     dot = lambda m, n: (at(q, m) * at(k, n)).sum(-1)  # noqa: E731
     torch.testing.assert_close(dot(9, 4), dot(105, 100), atol=1e-5, rtol=1e-5)
     assert (dot(9, 4) - dot(4, 9)).abs().max() > 1e-3
@@ -217,9 +218,18 @@ def test_rotation_depends_on_the_distance_alone():
 def test_rotation_by_hand():
     """D = 4, theta = 100: pair (0, 2) turns by the position, pair (1, 3) by a tenth of it."""
     x = torch.tensor([[[1.0, 0.0, 0.0, 2.0]]])
-    turned = rotate(x, *rotary(torch.tensor([3]), 4, 100.0))[0, 0]
+    turned = rotate(x, *rotary(4, 4, 100.0, CPU)[[3]].unbind(1))[0, 0]
     expected = [math.cos(3), -2 * math.sin(0.3), math.sin(3), 2 * math.cos(0.3)]
     torch.testing.assert_close(turned, torch.tensor(expected))
+
+
+def test_angles_are_exact_far_out():
+    """Cosine and sine at position 30,000 are rounded once: an fp32 angle would be off by a thousandth."""
+    cos, sin = rotary(30_001, 4, 10_000.0, CPU)[[30_000]].unbind(1)
+    expected = [[f(30_000 / 10_000 ** (2 * (i % 2) / 4)) for i in range(4)] for f in (math.cos, math.sin)]
+    torch.testing.assert_close(cos[0, 0].double(), torch.tensor(expected[0], dtype=torch.float64), atol=6e-8, rtol=0)
+    signs = torch.tensor([-1, -1, 1, 1])
+    torch.testing.assert_close((sin[0, 0] * signs).double(), torch.tensor(expected[1], dtype=torch.float64), atol=6e-8, rtol=0)
 
 
 # --- Initialisation, errors ---

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.countdown import Countdown
 from nanomrt import sampler
+from nanomrt.cudagraph import Recording
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import Rollouts, boundaries, branch, continue_from, force_answers, roll_out
 from nanomrt.sampler import (
@@ -481,15 +483,12 @@ class Tape(TorchDispatchMode):
                     out.copy_(new)  # the others are views, or were written in place
 
 
-class Taped(sampler.Recording):
+class Taped(Recording):
     """A recording on a CPU, its own graph."""
 
-    made: "list[Taped]" = []
-
-    def __init__(self, step, device):
-        super().__init__(step, device)
-        self.on_gpu, self.captures, self.replays = True, 0, 0
-        self.made.append(self)
+    def __init__(self, step):
+        super().__init__(step, pool="a CPU's")
+        self.captures = self.replays = 0
 
     def capture(self) -> "Taped":
         with Tape() as self.tape:
@@ -513,9 +512,10 @@ def test_a_recorded_step_is_the_step(model, max_rows, budgets, read_by, monkeypa
     step_by_step = generate(model, prefix, branches, sampling)
     for name, value in (("CHECK_EVERY", 7), ("READ_BY", read_by)):
         monkeypatch.setitem(getattr(sampler, name), "cpu", value)
-    monkeypatch.setattr(sampler, "Recording", Taped)
+    made = []
+    monkeypatch.setattr(sampler, "recording", lambda step, device: nullcontext(made.append(Taped(step)) or made[0]))
     recorded = generate(model, prefix, branches, sampling, max_rows=max_rows)
-    assert Taped.made[-1].captures >= 2 and Taped.made[-1].replays >= 8
+    assert made[0].captures >= 2 and made[0].replays >= 8
     for name in ("tokens", "is_action", "lengths", "stopped"):
         assert torch.equal(getattr(recorded, name), getattr(step_by_step, name))
     torch.testing.assert_close(recorded.logprobs, step_by_step.logprobs, atol=1e-5, rtol=0)
