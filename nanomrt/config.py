@@ -17,7 +17,7 @@ ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt
 CHOICES = {
     "algorithm": ALGORITHMS,
     "advantage_norm": ("mean", "mean_std", "rloo"),
-    "progress_norm": ("none", "mean", "mean_std", "group_std"),
+    "progress_norm": ("none", "std", "mean", "mean_std", "group_std"),
     "loss_norm": ("token", "sequence", "constant"),
     "kl_estimator": ("k2", "k3", "k1_reward"),
     "truncated": ("zero", "mask"),
@@ -97,12 +97,13 @@ class RunConfig:
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
+    J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before")
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
-    progress_norm: str = key("mean_std", "progress: none, mean, mean_std (over the batch) or group_std (centred in its group)")
+    progress_norm: str = key("mean_std", "progress: none, std (divided by it), mean, mean_std, group_std (centred in its group)")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     equal_groups: str = key("keep", "groups without a difference in reward: keep, or skip (left out of the loss, as in DAPO)")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
@@ -153,6 +154,9 @@ class RunConfig:
             (0 <= self.length_penalty <= 1,
              "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
+            (0 < self.J_discount <= 1, "J_discount must lie in 0..1, without 0: 1 is progress as it is"),
+            (self.J_discount == 1 or self.algorithm in ("mrt_online", "mrt"),
+             f"J_discount belongs to the progress of mrt_online and mrt: algorithm={self.algorithm} wants it at 1"),
             (min(self.forks, self.steps, self.prompts_per_step, self.save_every, self.sample_every, self.eval_problems,
                  self.eval_samples, self.warm_batch, self.warm_steps, self.thinking_budget, self.micro_batch_tokens) >= 1,
              "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "

@@ -123,11 +123,14 @@ def normalise(progress: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """Progress relative to that of other episodes. (E,), (E,) -> (E,).
 
     none: as it is; mean: minus the batch's mean, which is what the time of an episode is worth elsewhere; mean_std: and divided
-    by the std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left.
+    by the std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left;
+    std: divided by its root mean square and not centred, so that an episode without progress costs nothing.
     """
     if norm == "none" or len(progress) == 0:
         return progress
-    centred = group_advantage(progress, prompt_id, "mean") if norm == "group_std" else progress - progress.mean()
+    centred = progress if norm == "std" else progress - progress.mean()
+    if norm == "group_std":
+        centred = group_advantage(progress, prompt_id, "mean")
     return centred if norm == "mean" else centred / (centred.square().mean().sqrt() + 1e-6)
 
 
@@ -158,11 +161,16 @@ def short_outcome_credit(batch: Batch, episodes: Episodes | None, config: RunCon
 
 
 def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
-    """MRT: A_j = A_outcome + alpha · credit_j, (3), with progress normalised over the batch. Qu et al., arXiv 2503.07572."""
+    """MRT: A_j = A_outcome + alpha · credit_j, (3), with progress normalised over the batch. Qu et al., arXiv 2503.07572.
+
+    J_discount < 1 is ours: J is a potential, and progress its shaping reward with a discount (Ng, Harada and Russell, 1999). To
+    go on costs 1 - J_discount where the answer is known and nothing where it isn't; progress_norm=std adds no other price.
+    """
     advantage = outcome_credit(batch, episodes, config)
     if episodes is None or config.alpha == 0:
         return advantage
-    progress = normalise(episodes.progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    progress = config.J_discount * episodes.J_after - episodes.J_before  # (1) if J_discount is 1
+    progress = normalise(progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     credit = discounted_credit(progress, episodes.row, config.gamma)  # (E,)
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 

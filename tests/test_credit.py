@@ -38,8 +38,8 @@ CREDITS = [outcome_credit, short_outcome_credit, progress_credit, prefix_bonus_c
 
 
 def options(**changed) -> SimpleNamespace:
-    return SimpleNamespace(**dict(alpha=1.0, gamma=0.0, advantage_norm="mean", progress_norm="none", length_penalty=0.5,
-                                  thinking_budget=10) | changed)
+    return SimpleNamespace(**dict(alpha=1.0, gamma=0.0, J_discount=1.0, advantage_norm="mean", progress_norm="none",
+                                  length_penalty=0.5, thinking_budget=10) | changed)
 
 
 def per_row(batch: Batch, credit: torch.Tensor) -> list[list[float]]:
@@ -66,6 +66,26 @@ def test_outcome_by_hand(norm, right, wrong):
     credit = outcome_credit(batch, None, options(advantage_norm=norm))
     assert per_row(batch, credit) == [pytest.approx([right] * 2, rel=1e-4), pytest.approx([wrong], rel=1e-4),
                                       pytest.approx([wrong] * 3, rel=1e-4)]
+
+
+def test_discounted_progress_by_hand():
+    """J_discount = 0.9: a failure costs nothing, a solution gains 0.9, checking it again costs 0.1, and losing it all of it."""
+    batch = make_batch([12], [0], [0])
+    episodes = make_episodes(batch, [[3, 5, 7, 9]], [[0.0, 0.0, 1.0, 1.0, 0.0]])
+    row = per_row(batch, progress_credit(batch, episodes, options(J_discount=0.9)))[0]
+    assert row[0:8:2] == pytest.approx([0.0, 0.9, -0.1, -1.0])
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9, 0.5])
+def test_discounted_progress_is_a_shaping_reward(discount):
+    """Credit that looks ahead with the same discount telescopes to discount^n · J_T - J_before with n episodes to go: what is
+    worth reaching stays the same, only sooner (Ng, Harada and Russell)."""
+    J = [0.25, 0.5, 0.0, 1.0, 0.75]
+    batch = make_batch([12], [0], [0])
+    episodes = make_episodes(batch, [[3, 5, 7, 9]], [J])
+    row = per_row(batch, progress_credit(batch, episodes, options(J_discount=discount, gamma=discount)))[0]
+    expected = [discount ** (4 - j) * J[4] - J[j] for j in range(4)]
+    assert row[0:8:2] == pytest.approx(expected, abs=1e-6)
 
 
 def test_short_outcome_by_hand():
