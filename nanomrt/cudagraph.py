@@ -29,7 +29,11 @@ class Recording:
 
     def __call__(self) -> None:
         if self.pool and self.ran and self.graph is None:
-            self.graph = self.capture()
+            try:
+                self.graph = self.capture()
+            except torch.OutOfMemoryError:  # a capture can't take back what PyTorch caches; now it is free
+                torch.cuda.empty_cache()
+                self.graph = self.capture()
         if self.graph is None:
             self.step()
         else:

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -519,6 +520,29 @@ def test_a_recorded_step_is_the_step(model, max_rows, budgets, read_by, monkeypa
     for name in ("tokens", "is_action", "lengths", "stopped"):
         assert torch.equal(getattr(recorded, name), getattr(step_by_step, name))
     torch.testing.assert_close(recorded.logprobs, step_by_step.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_capture_without_room_is_tried_once_more(failures):
+    """After what PyTorch caches has been freed; a second failure is the user's to know."""
+    said, errors = [], [torch.OutOfMemoryError("full")] * failures
+
+    class Full(Recording):
+        def capture(self):
+            said.append("capture")
+            if errors:
+                raise errors.pop()
+            return SimpleNamespace(replay=lambda: said.append("replay"))
+
+    step = Full(lambda: said.append("step"), "a pool")
+    step()
+    with pytest.raises(torch.OutOfMemoryError) if failures == 2 else nullcontext():
+        step()
+        step()
+    assert said == ["step", *["capture"] * min(failures + 1, 2), *["replay"] * 2 * (failures < 2)]
+    step.restart()
+    step()
+    assert said[-1] == "step"
 
 
 def test_fresh_weights_after_an_optimiser_step(model):
