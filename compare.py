@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -260,13 +260,12 @@ def tables(arms: dict[str, list[dict]]) -> str:
     budgets = [budget for budget, _ in arms[baseline][0]["points"][0]["curve"]]
     text += ["", "### Accuracy when stopped after so many thinking tokens, after all steps", "",
              f"| method | {' | '.join(f'{budget:.0f}' for budget in budgets)} |", "|---|" + "---|" * len(budgets)]
-    ends = [("warm start", arms[baseline], 0), *((arm, runs, -1) for arm, runs in arms.items())]
-    for arm, runs, at in ends:
+    for arm, at, runs, _ in ends(arms):
         curve = np.mean([run["points"][at]["curve"] for run in runs], axis=0)[:, 1]  # over seeds
         text.append(f"| {arm} | {' | '.join(f'{J:.3f}' for J in curve)} |")
     text += ["", "### Habits after all steps", "", f"| method | {' | '.join(runs[0]['points'][0]['habits'])} |",
              "|---|" + "---|" * len(runs[0]["points"][0]["habits"])]
-    for arm, runs, at in ends:
+    for arm, at, runs, _ in ends(arms):
         habits = [run["points"][at]["habits"] for run in runs]
         text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in habits[0])} |")
     return "\n".join(text)
@@ -292,20 +291,35 @@ def line(arm: str, values: Values, names: dict, seeds: int, ood: str, spent: Seq
 # --- Figures ---
 
 
+def look(i: int) -> tuple[str, str, str]:
+    """Colour, dashes and marker of the i-th arm."""
+    again = i // len(COLOURS)
+    return COLOURS[i % len(COLOURS)], ("-", "--", ":")[again % 3], "os^"[again % 3]
+
+
+def ends(arms: dict[str, list[dict]]) -> Iterator[tuple[str, int, list[dict], tuple[str, str, str]]]:
+    """(label, which point of its runs, runs, look): the warm start, and every arm after all steps."""
+    yield "warm start", 0, next(iter(arms.values())), ("0.5", "-", "o")
+    for i, (arm, runs) in enumerate(arms.items()):
+        yield arm, -1, runs, look(i)
+
+
 def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplots(2, 3, sharey="row")
-    for (arm, runs), colour in zip(arms.items(), COLOURS * (1 + len(arms) // len(COLOURS))):
+    for i, (arm, runs) in enumerate(arms.items()):
+        colour, dashes, marker = look(i)
         for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
             x = np.array([[point[axis] / unit for point in run["points"]] for run in runs])  # (seeds, checkpoints)
             for row, (statistic, _) in enumerate(METRICS.values()):
                 y = np.array([[statistic({k: np.array(v) for k, v in point["per_problem"].items()}) for point in run["points"]]
                               for run in runs])
                 axes[row, column].plot(x.T, y.T, color=colour, alpha=0.2, linewidth=0.8)
-                axes[row, column].plot(x.mean(0), y.mean(0), color=colour, label=arm, linewidth=1.8, marker="o", markersize=3)
+                axes[row, column].plot(x.mean(0), y.mean(0), dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
+                                       markersize=3)
     for column, label in enumerate(("steps", "sampled tokens, forks included, millions", "seconds")):
         axes[1, column].set_xlabel(label)
     for row, name in enumerate(METRICS):
@@ -314,33 +328,37 @@ def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     for panel in axes[1]:
         panel.yaxis.set_major_formatter("{x:.0f}")
         panel.yaxis.set_minor_formatter("{x:.0f}")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """J(b) of every arm at its end: the mean over seeds, and a band from the lowest seed to the highest. The star: where it stops
-    by itself, on average."""
+    """J(b) of every arm at its end: the mean over seeds, and with few arms a band from the lowest seed to the highest. The star:
+    where it stops by itself, on average."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    many = len(arms) > 4
+    figure = Figure(figsize=(10 if many else 7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    lines = {"warm start": (0, next(iter(arms.values()))), **{arm: (-1, runs) for arm, runs in arms.items()}}
-    for (label, (at, runs)), colour in zip(lines.items(), ("0.5", *COLOURS * (1 + len(arms) // len(COLOURS)))):
+    for label, at, runs, (colour, dashes, marker) in ends(arms):
         curves = np.array([run["points"][at]["curve"] for run in runs])  # (seeds, budgets, 2)
         budget, J = curves[0, :, 0], curves[:, :, 1]
-        axes.plot(budget, J.mean(0), color=colour, label=label, linewidth=1.8, marker="o", markersize=3)
-        axes.fill_between(budget, J.min(0), J.max(0), color=colour, alpha=0.12, linewidth=0)
-        ends = [(run["points"][at]["thinking_tokens"], np.mean(run["points"][at]["per_problem"]["right"])) for run in runs]
-        axes.plot(*np.mean(ends, axis=0), "*", color=colour, markersize=15, markeredgecolor="white")
+        axes.plot(budget, J.mean(0), dashes, color=colour, label=label, linewidth=1.8, marker=marker, markersize=3)
+        if not many:
+            axes.fill_between(budget, J.min(0), J.max(0), color=colour, alpha=0.12, linewidth=0)
+        stops = [(run["points"][at]["thinking_tokens"], np.mean(run["points"][at]["per_problem"]["right"])) for run in runs]
+        axes.plot(*np.mean(stops, axis=0), "*", color=colour, markersize=15, markeredgecolor="white")
     axes.plot([], [], "*", color="0.4", markersize=11, label="stops by itself: mean tokens, accuracy")
     axes.axvline(runs[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
     axes.set(xlabel="thinking budget b, tokens (dotted: the training budget)", ylabel="accuracy of an answer forced at b, J(b)",
              ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    if many:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    else:
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -350,9 +368,7 @@ def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
 
     figure = Figure(figsize=(8.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    points = {"warm start": (0, next(iter(arms.values()))), **{arm: (-1, runs) for arm, runs in arms.items()}}
-    for i, (label, (at, runs)) in enumerate(points.items()):
-        colour, marker = COLOURS[(i - 1) % len(COLOURS)] if i else "0.5", "os^D"[i // len(COLOURS) % 4]
+    for label, at, runs, (colour, _, marker) in ends(arms):
         values = values_at(runs, "step", runs[0]["points"][at]["step"])
         (y, *ys), (x, *xs) = (bootstrap(statistic, values) for statistic, _ in METRICS.values())
         axes.plot(xs, [y, y], color=colour, alpha=0.35, linewidth=1)
