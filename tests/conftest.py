@@ -1,4 +1,10 @@
-"""Fixtures of all tests: a small random Llama and the default task."""
+"""Fixtures of all tests: a small random Llama, the default task, and the processes that prove the Triton kernels."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +13,9 @@ from data.countdown import Countdown
 from nanomrt.model import Llama, ModelConfig
 
 torch.set_num_threads(1)  # the models of the tests are too small to share out
+
+TRITON = {"interpreted.py": "1", "compiled.py": "0"}  # TRITON_INTERPRET
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +32,19 @@ def config(task) -> ModelConfig:
 @pytest.fixture
 def model(config) -> Llama:
     return Llama(config).initialise(torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def triton_processes(request, tmp_path_factory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+    """Those of test_triton.py, if it is to run. By file: its process, and where that writes."""
+    started, tests = {}, Path(__file__).parent
+    for name in TRITON if any(item.path.name == "test_triton.py" for item in request.session.items) else ():
+        output = tmp_path_factory.mktemp("output") / "all"
+        command = [sys.executable, "-m", "pytest", tests / name, "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+        environment = {**os.environ, **ONE_THREAD, "TRITON_INTERPRET": TRITON[name], "PYTEST_ADDOPTS": ""}
+        with output.open("w") as file:
+            started[name] = subprocess.Popen(command, cwd=tests.parent, env=environment, stdout=file, stderr=file), output
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
