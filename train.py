@@ -53,13 +53,15 @@ def main(argv: list[str]) -> int:
         # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
         batch, ref_logprob = with_reference(gathered.batch, reference, config)
         advantage = method.credit(batch, gathered.episodes, config)  # (N,)
+        apart = {}
         if config.importance_cap:  # the sampler rounds in its own way: truncated importance sampling
             trainer = rescore(model, batch, config)
+            apart["max_logprob_diff"] = float((trainer - batch.logprob).abs().max())  # update() sees the trainer's own
             advantage = advantage * (trainer - batch.logprob).exp().clamp(max=config.importance_cap)
             batch = replace(batch, logprob=trainer)
         # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
-            learned = update(model, optimizer, batch, advantage, ref_logprob, run)
+            learned = update(model, optimizer, batch, advantage, ref_logprob, run) | apart
         # 4. Write it down.
         run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:

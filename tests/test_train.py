@@ -21,6 +21,7 @@ from nanomrt import checkpoint, warmstart
 from nanomrt.config import UserError, load_config, parse_overrides
 from nanomrt.model import Packed
 from nanomrt.mrt import Batch, token_weights
+from nanomrt.report import read_jsonl
 from nanomrt.rollout import written
 from nanomrt.run import Run
 from nanomrt.warmstart import cached_warm_start, warm_folder
@@ -121,6 +122,13 @@ def test_alpha_zero_is_grpo_bit_for_bit_and_mrt_is_not(finished, out):
 def test_every_switch_trains(out, words):
     run = run_tiny(out, "--steps=2", *words)
     assert all(abs(row["grad_norm"]) < 1e3 and row["skipped"] == 0 for row in metrics(run))
+
+
+def test_importance_weights_do_not_hide_how_far_sampler_and_trainer_are_apart(out, monkeypatch):
+    """The trainer's own log-probs stand in for the sampler's from then on: what is logged is the difference before."""
+    monkeypatch.setattr(train, "rescore", lambda model, batch, config: batch.logprob - 0.25 * batch.is_action)
+    steps = [row for row in read_jsonl(run_tiny(out, "--steps=1", "--importance_cap=2") / "metrics.jsonl") if "reward" in row]
+    assert [row["max_logprob_diff"] for row in steps] == [pytest.approx(0.25, abs=1e-5)]
 
 
 def test_the_prefix_form_measures_one_episode_of_each_continuing_rollout(out):
