@@ -407,6 +407,12 @@ def compare(rows: Sequence[dict], matmul: float, copy: float) -> None:
         row["ratio"] = min(peers) / row["ms"] if peers else None
 
 
+def gpu_name(device: str) -> tuple[str, str]:
+    """The GPU's name, and as part of a file's name."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "dry run on a CPU"
+    return gpu, re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
 def machine(device: str, dtype: torch.dtype, least: int, most: int) -> list[dict]:
     """What the hardware gives at best: GB/s of a copy (bytes read and written), TFLOP/s of a large matrix product."""
     small = device != "cuda"
@@ -548,8 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compare(rows, matmul, copy)
         print(f"\n### {kind}\n\n{table(rows)}")
 
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "dry run on a CPU"
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    gpu, slug = gpu_name(device)
     name = "-".join(filter(None, ["kernels", slug, args.only, args.quick and "quick"]))
     versions = {package: getattr(sys.modules.get(package), "__version__", None) for package in ("torch", "triton")}
     write_json(folder / f"{name}.json", {"gpu": gpu, "versions": versions, "commit": commit(), "machine": best, "rows": tables})

@@ -170,7 +170,8 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """input_ids (N,) and position_ids (N,) -> last hidden states (N,C); `head` (V,C) turns them into logits."""
+    """input_ids (N,) and position_ids (N,), below max_position_embeddings, -> last hidden states (N,C); `head` (V,C) turns them
+    into logits."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
