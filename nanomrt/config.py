@@ -9,7 +9,7 @@ The model's own shape is saved beside its weights (`ModelConfig`) and comes from
 import difflib
 import json
 import runpy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,11 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
     """The config of a file, with overrides. Raises ValueError with the fix in its message."""
     values = _read_file(Path(path)) | {name: _typed(name, value, "command line") for name, value in (overrides or {}).items()}
     return RunConfig(**values)
+
+
+def with_overrides(config: RunConfig, overrides: dict[str, str]) -> RunConfig:
+    """The same config but for some keys, given as text. Raises ValueError with the fix in its message."""
+    return replace(config, **{name: _typed(name, value, "command line") for name, value in overrides.items()})
 
 
 def _read_file(path: Path) -> dict[str, Any]:

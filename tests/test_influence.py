@@ -1,0 +1,114 @@
+"""Who moves a decision: against the exact product of two gradients, and against a step that is taken."""
+
+import random
+
+import pytest
+import torch
+
+from nanomrt import influence
+from nanomrt.config import RunConfig
+from nanomrt.methods import Gathered
+from nanomrt.mrt import episodes_between
+from nanomrt.rollout import boundaries, written
+from train import score
+
+CONFIG = RunConfig(algorithm="mrt_online", micro_batch_tokens=200, device="cpu")
+ARMS = {arm: influence.arm_config(CONFIG, arm) for arm in ("grpo", "mrt_online+alpha=2", "anytime")}
+
+
+@pytest.fixture
+def gathered(task) -> Gathered:
+    """Four search traces of each of three problems, with values drawn by lot."""
+    rng = random.Random(0)
+    problems = [problem for problem in task.problems("train", 3, 0) for _ in range(4)]
+    rows = [task.prompt(problem) + task.warm_trace(problem, rng)[0] for problem in problems]
+    rollouts = written(task, problems, [i // 4 for i in range(12)], rows)
+    batch, (row, position) = rollouts.batch(), boundaries(task, rollouts)
+    place = batch.offset[torch.tensor(row)] + torch.tensor(position)
+    J = torch.tensor([float(rng.random() < 0.5) for _ in row])
+    return Gathered(rollouts, batch, episodes_between(torch.tensor(row), place, J), 0)
+
+
+def log_odds(model, batch, places, stop: int) -> float:
+    """The mean over `places`, from the logits of one forward pass a row."""
+    odds, at = [], batch.offset.tolist()
+    for start, length in zip(at, batch.lengths.tolist()):
+        tokens = batch.tokens[start : start + length]
+        hidden = model(tokens, torch.arange(length), influence.Packed.of(torch.tensor([length])))
+        p = (hidden @ model.head.T).softmax(1)[:, stop]
+        odds += [float((p[i - 1] / (1 - p[i - 1])).log()) for i in range(length) if places[start + i]]
+    return sum(odds) / len(odds)
+
+
+def test_a_decision_is_the_token_after_an_episode_by_what_an_answer_is_worth_there(task, gathered):
+    kinds, batch, E = influence.decisions(gathered), gathered.batch, gathered.episodes
+    assert not (kinds["wrong"] & kinds["right"]).any()
+    for kind, right in (("wrong", 0.0), ("right", 1.0)):
+        assert kinds[kind].nonzero().squeeze(1).tolist() == E.end[E.J_after == right].tolist()
+    assert {int(token) for token in batch.tokens[kinds["wrong"] | kinds["right"]]} <= {task.open_episode, task.close_thinking}
+
+
+def test_an_episode_that_was_cut_off_decides_nothing(task, gathered):
+    prompt = task.prompt(gathered.rollouts.problems[0])
+    row = prompt + task.tokenizer.encode("<try> 3 no <try> 4")
+    rollouts = written(task, gathered.rollouts.problems[:1], [0], [row])
+    place, J = torch.tensor([0, 3, 5]) + len(prompt), torch.tensor([0.0, 1.0, 0.0])
+    episodes = episodes_between(torch.zeros(3, dtype=torch.long), place, J)
+    kinds = influence.decisions(Gathered(rollouts, rollouts.batch(), episodes, 0))
+    assert kinds["right"].nonzero().tolist() == [[len(prompt) + 3]] and not kinds["wrong"].any()
+
+
+def test_influence_is_the_product_of_the_gradients(model, task, gathered):
+    """(2) against (1), token by token, and the weights are as they were."""
+    batch, before = gathered.batch, [p.clone() for p in model.parameters()]
+    way = influence.grad_log_odds(model, batch, influence.decisions(gathered)["wrong"], task.close_thinking, CONFIG)
+    measured = influence.influences(model, batch, way, CONFIG)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not measured[~batch.is_action].any()
+    logprob, _, action = score(model, batch, CONFIG.temperature)
+    chosen = range(0, len(action), 9)
+    exact = [influence.dot(torch.autograd.grad(logprob[i], list(model.parameters()), retain_graph=True), way) for i in chosen]
+    assert torch.allclose(measured[action[chosen]], torch.tensor(exact), atol=2e-2 * max(map(abs, exact)))
+
+
+@pytest.mark.parametrize("kind", influence.KINDS)
+def test_a_step_that_is_taken_moves_the_decision_by_the_sum(model, task, gathered, kind):
+    """Any weights of any tokens: a small step along their gradient changes d by eta times the sum of (1)."""
+    batch, places = gathered.batch, influence.decisions(gathered)[kind]
+    value = torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(1)) * batch.is_action
+    way = influence.grad_log_odds(model, batch, places, task.close_thinking, CONFIG)
+    predicted = float((value * influence.influences(model, batch, way, CONFIG)).sum())
+    gradient = influence.grad_loss(model, batch, value, CONFIG)  # of the loss: the step goes down
+    eta, sides = 1e-3 / influence.dot(gradient, gradient) ** 0.5, []
+    for signed in (-eta, 2 * eta):
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradient):
+                p.add_(signed * g)
+            sides.append(log_odds(model, batch, places, task.close_thinking))
+    assert (sides[0] - sides[1]) / (2 * eta) == pytest.approx(predicted, rel=2e-2)
+
+
+def test_the_groups_add_up_and_the_credit_decides(model, task, gathered):
+    kinds, stop = influence.decisions(gathered), task.close_thinking
+    ways = {kind: influence.grad_log_odds(model, gathered.batch, places, stop, CONFIG) for kind, places in kinds.items()}
+    found = influence.contributions(model, gathered, kinds, ways, ARMS)
+    for rows in found.values():
+        for parts in rows.values():
+            total, *rest = (part["value"] for part in parts.values())
+            assert total == pytest.approx(sum(rest), abs=1e-6)
+        assert rows["grpo"] != rows["mrt_online+alpha=2"] != rows["anytime"]
+    text = influence.table(model, gathered, stop, ARMS)
+    assert all(text.count(f"| {arm} |") == 2 for arm in ARMS)
+
+
+def test_only_credit_for_whole_traces_can_be_compared():
+    with pytest.raises(ValueError, match="vineppo learns from other rollouts.*grpo.*anytime"):
+        influence.arm_config(CONFIG, "vineppo")
+    with pytest.raises(ValueError, match="alpa"):
+        influence.arm_config(CONFIG, "grpo+alpa=2")
+
+
+def test_without_a_place_of_a_kind_it_says_so(model, task, gathered):
+    gathered.episodes.J_after.zero_()
+    with pytest.raises(influence.UserError, match="forced answer is right.*--problems"):
+        influence.table(model, gathered, task.close_thinking, ARMS)
