@@ -34,7 +34,7 @@ import train
 from data.countdown import Countdown
 from evaluate import COLOURS, distinct, evaluate_policy
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError, load_config, parse_overrides, run_name
+from nanomrt.config import RunConfig, UserError, load_config, parse_arm, parse_overrides, run_name
 from nanomrt.metrics import ratio
 from nanomrt.run import choose_device
 from nanomrt.warmstart import cached_warm_start, warm_folder
@@ -105,9 +105,7 @@ class Job:
 
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
-        algorithm, *keys = arm.split("+")
-        own = parse_overrides([f"--{key}" for key in keys])
-        overrides = {**shared, "algorithm": algorithm, **own, "seed": str(seed)}
+        overrides = {**shared, **parse_arm(arm), "seed": str(seed)}
         if load_config(config_path).device != "cuda":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)

@@ -241,6 +241,12 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     return overrides
 
 
+def parse_arm(arm: str) -> dict[str, str]:
+    """A method, perhaps with keys of its own: 'mrt_online+alpha=2' -> {'algorithm': 'mrt_online', 'alpha': '2'}."""
+    algorithm, *keys = arm.split("+")
+    return {"algorithm": algorithm, **parse_overrides([f"--{key}" for key in keys])}
+
+
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
     has anyway nor keys that only say where or how to run."""

@@ -16,7 +16,7 @@ measures it for all tokens: go a little along grad d, and see whose log-probs ri
 The sum (1) over a group of tokens is what this group does to d: the decisions that d is made of, those of the other kind, and all
 other tokens. eta is chosen to make a step of length STEP, because AdamW's steps have nearly the same length whatever the
 gradient's; but it scales every parameter by itself, and (1) does not.
-Dimension key: N packed tokens, n places of a kind, P problems.
+Dimension key: N packed tokens, B rollouts, E episodes, n places of a kind, C width, P problems.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from torch import Tensor
 import kernels
 from data.countdown import Countdown
 from nanomrt import checkpoint
-from nanomrt.config import RunConfig, UserError, parse_overrides, read_config, with_overrides
+from nanomrt.config import RunConfig, UserError, parse_arm, read_config, with_overrides
 from nanomrt.methods import METHODS, Gathered, traces, traces_with_J
 from nanomrt.metrics import bootstrap
 from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, likelihood_loss, token_weights
-from nanomrt.run import choose_device, generator_for
-from train import micro_batches, rescore, score
+from nanomrt.run import generator_for
+from train import micro_batches, rescore, score, starting_policy
 
 STEP = 0.01  # length of the gradient step, in parameter space
 RISE = 0.02  # how much (2) moves d, to first order: well above rounding, and h² is small
@@ -51,37 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--algorithms", default="grpo,mrt_online", help="credits, as for compare.py: grpo,mrt_online+alpha=2")
     parser.add_argument("--problems", type=int, default=64, help="train problems, with a group of rollouts each")
     args = parser.parse_args(argv)
+    if not (args.run / "config.json").is_file():
+        raise UserError(f"{args.run} is no run: it has no config.json; train one with python train.py config/small.py")
+    if args.problems < 1:
+        raise UserError(f"--problems={args.problems}: ask for at least one")
     try:
         config = read_config(args.run / "config.json")
         arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
-        model = checkpoint.load_model(args.checkpoint or checkpoint.newest(args.run / "checkpoints"), choose_device(config))
+        folder = args.checkpoint or checkpoint.newest(args.run / "checkpoints")
+        task = Countdown.from_config(config)
+        problems = task.problems("train", args.problems, "influence")
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    task = Countdown.from_config(config)
-    problems = task.problems("train", args.problems, "influence")
+    model = starting_policy(folder, task, "cpu")  # in fp32: (2) is a small difference, and bf16 would round it away
     measured = replace(config, algorithm="anytime")  # a method that asks for J whatever alpha is
     gathered = traces_with_J(model, task, problems, measured, generator_for(config.seed, "influence", 0))
-    print(table(model, gathered, task.close_thinking, arms))
+    print(table(model, gathered, task.close_thinking, config, arms))
     return 0
 
 
 def arm_config(config: RunConfig, arm: str) -> RunConfig:
     """The config of 'mrt_online+alpha=2'. Raises ValueError unless its credit is given to whole traces."""
-    algorithm, *keys = arm.split("+")
-    config = with_overrides(config, {"algorithm": algorithm, **parse_overrides([f"--{key}" for key in keys])})
-    if METHODS[algorithm].gather not in (traces, traces_with_J):
-        possible = (name for name, method in METHODS.items() if method.gather in (traces, traces_with_J))
-        raise ValueError(f"{algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")
+    config = with_overrides(config, parse_arm(arm))
+    possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J)]
+    if config.algorithm not in possible:
+        raise ValueError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")
     return config
 
 
 def decisions(gathered: Gathered) -> dict[str, Tensor]:
     """(N,) bool for each kind: the token with which the policy goes on after an episode, or stops."""
     batch, episodes = gathered.batch, gathered.episodes
-    last = batch.offset + batch.lengths  # (B,)
-    made = episodes.end < last[episodes.row]  # the others were cut off
-    place = episodes.end[made]
-    right = episodes.J_after[made] >= 0.5
+    made = episodes.end < (batch.offset + batch.lengths)[episodes.row]  # (E,) the others were cut off
+    place, right = episodes.end[made], episodes.J_after[made] >= 0.5
     masks = {kind: torch.zeros_like(batch.is_action) for kind in KINDS}
     masks["right"][place[right]] = True
     masks["wrong"][place[~right]] = True
@@ -92,10 +94,11 @@ def grad_log_odds(model: Llama, batch: Batch, places: Tensor, stop: int, config:
     """grad d, in the shapes of the parameters; `places` (N,) bool."""
     model.zero_grad(set_to_none=True)
     for part in micro_batches(batch.lengths, config.micro_batch_tokens):
-        micro, here = batch.take(part), places[batch.flat(part)].nonzero().squeeze(1)
+        micro, here = batch.take(part), places[batch.flat(part)].nonzero().squeeze(1)  # (n,) of this part
         packed = Packed.of(micro.lengths)
         hidden = model(micro.tokens, packed.position_ids, packed)  # (N,C)
         logprob, _ = kernels.token_logprobs(hidden[here - 1], model.head, torch.full_like(here, stop), config.temperature)
+        logprob = logprob.clamp(max=-1e-6)  # log-odds of certainty are infinite
         ((logprob - torch.log1p(-logprob.exp())).sum() / places.sum()).backward()
     return taken_gradient(model)
 
@@ -110,38 +113,41 @@ def grad_loss(model: Llama, batch: Batch, value: Tensor, config: RunConfig) -> l
 
 
 def taken_gradient(model: Llama) -> list[Tensor]:
+    """What backward passes have summed up, in the shapes of the parameters, 0 where they left nothing; the model forgets it."""
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return gradient
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Of two directions in parameter space."""
     return sum(float((x * y).sum()) for x, y in zip(a, b))
 
 
+@torch.no_grad()
 def influences(model: Llama, batch: Batch, direction: Sequence[Tensor], config: RunConfig) -> Tensor:
     """i_t of every token for the d whose gradient is `direction`, by (2): (N,), 0 where no action. The model is as it was."""
-    h, kept = RISE / dot(direction, direction), [p.detach().clone() for p in model.parameters()]
-    sides = []
-    for signed in (h, -h):
-        with torch.no_grad():
-            for p, old, way in zip(model.parameters(), kept, direction):
-                p.copy_(old + signed * way)
-        sides.append(rescore(model, batch, config))
-    with torch.no_grad():
-        for p, old in zip(model.parameters(), kept):
-            p.copy_(old)
-    return (sides[0] - sides[1]) / (2 * h)  # (2)
+    h, kept = RISE / dot(direction, direction), [p.clone() for p in model.parameters()]
+
+    def log_probs(step: float) -> Tensor:
+        for p, old, way in zip(model.parameters(), kept, direction):
+            p.copy_(old + step * way)
+        return rescore(model, batch, config)
+
+    ahead, behind = log_probs(h), log_probs(-h)
+    for p, old in zip(model.parameters(), kept):
+        p.copy_(old)
+    return (ahead - behind) / (2 * h)  # (2)
 
 
 def contributions(model: Llama, gathered: Gathered, kinds: dict[str, Tensor], ways: dict[str, list[Tensor]],
-                  arms: dict[str, RunConfig]) -> dict[str, dict[str, dict]]:
+                  config: RunConfig, arms: dict[str, RunConfig]) -> dict[str, dict[str, dict]]:
     """(1) for each kind of place, credit and group of tokens, eta included: {"value", "low", "high"}, intervals over problems.
 
     kinds: the decisions, (N,) bool each; ways: their grad d. A's mean over a group is taken off first. On average this changes
     nothing, since E[grad log pi] = 0, and it is most of the noise.
     """
-    batch, config = gathered.batch, next(iter(arms.values()))
+    batch = gathered.batch
     influence = {kind: influences(model, batch, way, config) for kind, way in ways.items()}  # (N,) each
     _, problem = batch.prompt_id[batch.row].unique(return_inverse=True)  # (N,)
     P = int(problem.max()) + 1
@@ -157,16 +163,15 @@ def contributions(model: Llama, gathered: Gathered, kinds: dict[str, Tensor], wa
             for name, mask in (("decisions there", here), (f"decisions where it is {other}", there),
                                ("other tokens", batch.is_action & ~here & ~there)):
                 centred = advantage - (weight * advantage * mask).sum() / (weight * mask).sum().clamp(min=1e-12)
-                parts[name] = torch.zeros(P, device=problem.device).index_add(
-                    0, problem, eta * weight * centred * influence[kind] * mask)  # (P,)
+                parts[name] = torch.zeros(P).index_add(0, problem, eta * weight * centred * influence[kind] * mask)  # (P,)
             parts = {"all tokens": torch.stack(list(parts.values())).sum(0), **parts}
-            found[kind][arm] = {name: bootstrap(P * part.cpu().numpy()) for name, part in parts.items()}
+            found[kind][arm] = {name: bootstrap(P * part.numpy()) for name, part in parts.items()}
     return found
 
 
-def table(model: Llama, gathered: Gathered, stop: int, arms: dict[str, RunConfig]) -> str:
+def table(model: Llama, gathered: Gathered, stop: int, config: RunConfig, arms: dict[str, RunConfig]) -> str:
     """Markdown: how often the policy stops, how much both decisions are one, and (1) for every credit."""
-    batch, config, kinds = gathered.batch, next(iter(arms.values())), decisions(gathered)
+    batch, kinds = gathered.batch, decisions(gathered)
     for kind, places in kinds.items():
         if not places.any():
             raise UserError(f"there is no place where a forced answer is {kind}: ask for more --problems")
@@ -178,7 +183,7 @@ def table(model: Llama, gathered: Gathered, stop: int, arms: dict[str, RunConfig
             + " and at ".join(f"{stops[kind]:.3f} of the {int(places.sum())} places where a forced answer is {kind}"
                               for kind, places in kinds.items())
             + f". The gradients of these two decisions have cosine {cosine:.2f}.", ""]
-    for kind, rows in contributions(model, gathered, kinds, ways, arms).items():
+    for kind, rows in contributions(model, gathered, kinds, ways, config, arms).items():
         names = list(next(iter(rows.values())))
         text += [f"What a step of length {STEP} adds to the log-odds of stopping where a forced answer is {kind}, by the tokens "
                  "that add it:", "", f"| credit | {' | '.join(names)} |", "|---|" + "---|" * len(names)]

@@ -1,13 +1,18 @@
 """Who moves a decision: against the exact product of two gradients, and against a step that is taken."""
 
 import random
+import zlib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from nanomrt import influence
-from nanomrt.config import RunConfig
+from data.countdown import Countdown
+from nanomrt import checkpoint, influence
+from nanomrt.config import RunConfig, UserError, save_config
 from nanomrt.methods import Gathered
+from nanomrt.model import Llama
 from nanomrt.mrt import episodes_between
 from nanomrt.rollout import boundaries, written
 from train import score
@@ -91,13 +96,13 @@ def test_a_step_that_is_taken_moves_the_decision_by_the_sum(model, task, gathere
 def test_the_groups_add_up_and_the_credit_decides(model, task, gathered):
     kinds, stop = influence.decisions(gathered), task.close_thinking
     ways = {kind: influence.grad_log_odds(model, gathered.batch, places, stop, CONFIG) for kind, places in kinds.items()}
-    found = influence.contributions(model, gathered, kinds, ways, ARMS)
+    found = influence.contributions(model, gathered, kinds, ways, CONFIG, ARMS)
     for rows in found.values():
         for parts in rows.values():
             total, *rest = (part["value"] for part in parts.values())
             assert total == pytest.approx(sum(rest), abs=1e-6)
         assert rows["grpo"] != rows["mrt_online+alpha=2"] != rows["anytime"]
-    text = influence.table(model, gathered, stop, ARMS)
+    text = influence.table(model, gathered, stop, CONFIG, ARMS)
     assert all(text.count(f"| {arm} |") == 2 for arm in ARMS)
 
 
@@ -110,5 +115,40 @@ def test_only_credit_for_whole_traces_can_be_compared():
 
 def test_without_a_place_of_a_kind_it_says_so(model, task, gathered):
     gathered.episodes.J_after.zero_()
-    with pytest.raises(influence.UserError, match="forced answer is right.*--problems"):
-        influence.table(model, gathered, task.close_thinking, ARMS)
+    with pytest.raises(UserError, match="forced answer is right.*--problems"):
+        influence.table(model, gathered, task.close_thinking, CONFIG, ARMS)
+
+
+@pytest.fixture
+def run(config, task, tmp_path) -> Path:
+    """A run whose policy goes on and stops, but has learned nothing."""
+    model = Llama(replace(config, tie_word_embeddings=False)).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)
+        model.lm_head.weight.mul_(15)
+        model.lm_head.weight[task.open_episode] *= 2.5
+        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.5
+    checkpoint.save(tmp_path / "run/checkpoints/step-000001", model, task.tokenizer, {})
+    save_config(replace(CONFIG, group_size=4, thinking_budget=40), tmp_path / "run/config.json")
+    return tmp_path / "run"
+
+
+def test_the_command_shows_every_credit_for_both_decisions(run, monkeypatch, capsys):
+    """With a verdict that a random policy can earn: the parity of a hash of what it says."""
+    monkeypatch.setattr(Countdown, "grade", lambda task, problem, response: float(zlib.crc32(response.encode()) % 2))
+    assert influence.main([str(run), "--problems", "6", "--algorithms", "grpo,length_penalty+length_penalty=1"]) == 0
+    text = capsys.readouterr().out
+    assert "24 rollouts" in text and text.count("| grpo |") == text.count("| length_penalty+length_penalty=1 |") == 2
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--algorithms", "mrt"], "mrt learns from other rollouts"), (["--algorithms", "grop"], "grop"),
+    (["--problems", "0"], "at least one"), (["--checkpoint", "nowhere"], "cannot start from nowhere")])
+def test_what_is_wrong_is_said(run, words, says):
+    with pytest.raises(UserError, match=says):
+        influence.main([str(run), *words])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="is no run: .*train.py"):
+        influence.main([str(tmp_path)])
