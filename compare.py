@@ -34,7 +34,7 @@ import train
 from data.countdown import Countdown
 from evaluate import COLOURS, distinct, evaluate_policy
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError, load_config, parse_arm, parse_overrides, run_name
+from nanomrt.config import RunConfig, UserError, load_config, parse_arm, parse_overrides, read_config, run_name
 from nanomrt.metrics import ratio
 from nanomrt.run import choose_device
 from nanomrt.warmstart import cached_warm_start, warm_folder
@@ -63,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(str(error)) from None
     folder.mkdir(parents=True, exist_ok=True)
     if args.report:
-        jobs = [job for job in jobs if job.result.is_file()]
-    if not jobs:
-        raise UserError(f"there are no such runs in {folder}: leave out --report to train them")
+        baseline, jobs = jobs[0].arm, [job for job in jobs if job.result.is_file()]
+        if not jobs or jobs[0].arm != baseline:
+            raise UserError(f"{folder} has no such run of {baseline}, the baseline: leave out --report to train it, or name "
+                            "another arm first")
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
@@ -118,17 +119,17 @@ class Job:
 
 
 def run_all(jobs: list[Job], processes: int) -> None:
-    """Every job in a process of its own, `processes` at a time, the warm starts of their seeds first."""
+    """Every job in a process of its own, `processes` at a time, the warm starts that they share first."""
     from tqdm import tqdm
 
     if not jobs:
         return
     processes = processes or (os.cpu_count() if choose_device(jobs[0].config) == "cpu" else 1)
-    first = {job.config.seed: job for job in jobs}  # any job of a seed knows its warm start
+    first = {shared_start(job): job for job in jobs}  # any job that begins there knows how to make it
     steps = sum(job.config.steps for job in jobs)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool, tqdm(total=steps, unit="step", desc="all runs") as bar:
-        waiting = {pool.submit(warm_start, job): [other for other in jobs if other.config.seed == seed]
-                   for seed, job in first.items()}
+        waiting = {pool.submit(warm_start, job): [other for other in jobs if shared_start(other) == start]
+                   for start, job in first.items()}
         running = dict.fromkeys(waiting)
         while running:
             for future in [f for f in running if f.done()]:
@@ -145,19 +146,28 @@ def steps_done(job: Job) -> int:
     return len(report.read_jsonl(path)) - 1 if path.is_file() else 0
 
 
+def shared_start(job: Job) -> Path:
+    """What two runs have in common if they begin with the same policy."""
+    return Path(job.config.init_from) if job.config.init_from else warm_folder(job.config)
+
+
 def warm_start(job: Job) -> None:
-    """Train and cache the warm start that all runs of a seed share."""
-    device = choose_device(job.config)
-    cached_warm_start(Countdown.from_config(job.config), job.config, device, False)
+    """Train and cache a warm start, so that no two of the runs that share it do."""
+    if not job.config.init_from:
+        cached_warm_start(train.checked_task(job.config), job.config, choose_device(job.config), False)
 
 
 def run_job(job: Job) -> None:
     """Train, or go on training; then evaluate every checkpoint; its file appears whole, at the end."""
     words = [str(job.config_path), *(f"--{name}={value}" for name, value in job.overrides.items())]
     job.run.parent.mkdir(parents=True, exist_ok=True)
+    begun, threads = job.run / "config.json", job.config.threads
+    if begun.is_file() and read_config(begun).threads != threads:
+        raise UserError(f"{job.run} wasn't trained with threads={threads}, and its CPU time can't be compared with that of "
+                        "runs that are: train all of them elsewhere, with --out_dir=out/compare")
     if not (job.run / "summary.json").is_file():
         with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            code = train.main(words + ["--resume"] * (job.run / "config.json").is_file())
+            code = train.main(words + ["--resume"] * begun.is_file())
         if code:
             raise UserError(f"{job.run} was interrupted: the same command goes on with it")
     report.write_json(job.result, evaluated(job), indent=None)
@@ -170,7 +180,7 @@ def evaluated(job: Job) -> dict:
     spent = {0: {"tokens": 0, "seconds": 0.0}} | {
         row["step"]: {"tokens": row["trace_tokens"] + row["fork_tokens"],
                       "seconds": row["seconds_cpu"] if device == "cpu" else row["seconds_total"]} for row in rows}
-    folders = {0: Path(config.init_from) if config.init_from else warm_folder(config)}
+    folders = {0: Path(made.pop("start"))}
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
     problems, points = distinct(task, job.split, config.eval_problems, "eval"), []
     for step, folder in folders.items():
@@ -251,6 +261,9 @@ def tables(arms: dict[str, list[dict]]) -> str:
              f"| method | at equal | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for arm, runs in list(arms.items())[1:]:
         pairs = [(a, b) for a in arms[baseline] for b in runs if a["config"]["seed"] == b["config"]["seed"]]
+        if not pairs:
+            text.append(f"| {arm} | no seed in common |{' |' * len(names)}")
+            continue
         for axis in unit:
             mine, theirs = (values_at([pair[i] for pair in pairs], axis, end[axis]) for i in (1, 0))
             cells = [cell((lambda a, b, f=f: f(a) - f(b), digits), mine, theirs, sign="+") for f, digits in names.values()]
@@ -304,9 +317,7 @@ def ends(arms: dict[str, list[dict]]) -> Iterator[tuple[str, int, list[dict], tu
 
 def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure = report.blank_figure(13, 6)
     axes = figure.subplots(2, 3, sharey="row")
     for i, (arm, runs) in enumerate(arms.items()):
         colour, dashes, marker = look(i)
@@ -335,10 +346,8 @@ def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
 def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     """J(b) of every arm at its end: the mean over seeds, and with few arms a band from the lowest seed to the highest. The star:
     where it stops by itself, on average."""
-    from matplotlib.figure import Figure
-
     many = len(arms) > 4
-    figure = Figure(figsize=(10 if many else 7.5, 4.5), layout="constrained")
+    figure = report.blank_figure(10 if many else 7.5, 4.5)
     axes = figure.subplots()
     for label, at, runs, (colour, dashes, marker) in ends(arms):
         curves = np.array([run["points"][at]["curve"] for run in runs])  # (seeds, budgets, 2)
@@ -362,9 +371,7 @@ def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
 
 def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     """What an arm ends with: accuracy against the price of a right answer, both with their intervals. Better is up and left."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+    figure = report.blank_figure(8.5, 4.5)
     axes = figure.subplots()
     for label, at, runs, (colour, _, marker) in ends(arms):
         values = values_at(runs, "step", runs[0]["points"][at]["step"])

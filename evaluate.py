@@ -1,7 +1,7 @@
 """How good is a policy at every thinking budget? One run, or several side by side.
 
     python evaluate.py out/small                                   test and OOD problems; a table and a figure
-    python evaluate.py out/small out/small-alpha=0 --figure mrt-against-grpo.png
+    python evaluate.py out/small out/small-alpha=0.0 --figure mrt-against-grpo.png
     python evaluate.py out/small --test-time                       and what more tokens per problem can buy (nanomrt/search.py)
 
 Three questions, each answered with a 95 % interval over problems:
@@ -276,7 +276,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def budget_figure(path: Path, sections: dict[str, dict]) -> None:
     """Accuracy against thinking budget, runs overlaid: stopped (solid, its regret shaded) and forced to go on (dashed)."""
-    figure = blank_figure()
+    figure = report.blank_figure(7.5, 4.5)
     axes = figure.subplots()
     for (label, section), colour in zip(sections.items(), COLOURS * (1 + len(sections) // len(COLOURS))):
         for name, style, text in (("budget_curve", "-", label), ("extrapolation", "--", None)):
@@ -303,7 +303,7 @@ def budget_figure(path: Path, sections: dict[str, dict]) -> None:
 
 def search_figure(path: Path, section: dict, budget_curve: Sequence[dict]) -> None:
     """Accuracy against generated tokens per problem: every method, and the policy alone, stopped at its budgets."""
-    figure = blank_figure()
+    figure = report.blank_figure(7.5, 4.5)
     axes = figure.subplots()
     methods = {name: list(by_n.values()) for name, by_n in section["methods"].items()}
     alone = [{"tokens": row["tokens"], "accuracy": row["J"]} for row in budget_curve]
@@ -317,14 +317,6 @@ def search_figure(path: Path, section: dict, budget_curve: Sequence[dict]) -> No
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     save_figure(figure, path)
-
-
-def blank_figure():
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(7.5, 4.5), layout="constrained")
 
 
 def save_figure(figure, path: Path) -> None:

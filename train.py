@@ -8,6 +8,7 @@
 Read next: nanomrt/mrt.py, the algorithm. `update` below is the only place where a gradient is taken.
 """
 
+import shlex
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.countdown import Countdown
+from data.countdown import SPLITS, Countdown
 from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     config, folder, flags = read_command_line(argv)
     device = choose_device(config)
     run = Run(config, folder, device)
-    task = Countdown.from_config(config)
+    task = checked_task(config)
     generation = {"eos_token_id": task.stop, "temperature": config.temperature, "do_sample": True}
 
     with run.timed("warm_start"):
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     reference = checkpoint.load_model(start, device) if config.kl_coef else None  # the policy that the KL pulls back to
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
-    run.begin(model, optimizer, resume="--resume" in flags)
+    run.begin(start, model, optimizer, resume="--resume" in flags)
 
     while run.step < config.steps and not run.interrupted:
         # 1. Gather: sample traces, and measure what each of their episodes changed.
@@ -66,14 +67,28 @@ def main(argv: list[str]) -> int:
         run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:
             run.show(gathered.example(task))
-        if run.step % config.save_every == 0 or run.step == config.steps or run.interrupted:
+        if run.step % config.save_every == 0:
             run.save(model, task.tokenizer, generation, optimizer)
 
+    run.save(model, task.tokenizer, generation, optimizer)
+    run.end()
     if run.step < config.steps:
-        print(f"stopped after step {run.step}; go on with: python train.py {' '.join(argv)} --resume")
+        again = shlex.join(["python", "train.py", *(word for word in argv if word != "--resume"), "--resume"])
+        print(f"stopped after step {run.step}; go on with: {again}")
         return 130
     finish(run, task, model, checkpoint.load_model(start, device))
     return 0
+
+
+def checked_task(config: RunConfig) -> Countdown:
+    """The task of a config. Raises UserError if it is impossible, or a split has no problems: now, and not after training."""
+    try:
+        task = Countdown.from_config(config)
+        for split in SPLITS:
+            task.problems(split, 1, "is there one?")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return task
 
 
 def starting_policy(folder: Path, task: Countdown, device: str) -> Llama:
@@ -123,9 +138,10 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
     """One pass over the batch in `minibatches` optimiser steps; returns what the loss's own tensors say about it."""
     config, seen = run.config, defaultdict(float)
     order = torch.randperm(len(batch.lengths), generator=generator_for(config.seed, "update", run.step)).to(batch.lengths.device)
-    if config.equal_groups == "skip" and in_mixed_group(batch).any():
+    if config.equal_groups == "skip" and in_mixed_group(batch).any():  # if all are equal, only progress can teach anything
         order = order[in_mixed_group(batch)[order]]
-    for index, rows in enumerate(order.chunk(config.minibatches)):
+    parts = order.chunk(config.minibatches)  # fewer if few rows are left
+    for index, rows in enumerate(parts):
         minibatch, place = batch.take(rows), batch.flat(rows)
         weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)
         optimizer.zero_grad(set_to_none=True)
@@ -145,14 +161,14 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
 
             with torch.no_grad():
                 difference, ratio = (logprob - old).abs(), (logprob - old).exp()
-                seen["loss"] += float(loss.detach()) / config.minibatches
+                seen["loss"] += float(loss.detach()) / len(parts)
                 seen["entropy"] += float(entropy.sum())
                 seen["clip_fraction"] += float(((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum())
                 seen["tokens"] += len(action)
                 if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
                     seen["max_logprob_diff"] = max(seen["max_logprob_diff"], float(difference.max()))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        seen["grad_norm"] += norm / config.minibatches
+        seen["grad_norm"] += norm / len(parts)
         if run.accept_gradient(norm):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step * config.minibatches + index)
@@ -192,13 +208,13 @@ def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:
         traces = examples(model, task, shown, run.config, generator_for(run.config.seed, "traces", run.step))
     summary = {"warm_start": before["test"], **after, "ledger": run.ledger, "seconds": run.seconds, **provenance(run)}
     report.write_json(run.folder / "summary.json", summary)
+    name = run.folder.name
+    print(summary_table({name: summary}))
+    report.traces_page(run.folder / "traces.html", f"{name}: rollouts of test problems", traces)
     figures = run.folder / "figures"
     figures.mkdir(exist_ok=True)
-    name = run.folder.name
     report.training_figure(figures / "training.png", {name: report.read_jsonl(run.folder / "metrics.jsonl")[1:]})
     budget_figure(figures / "budget.png", {"warm start": before["test"], name: after["test"]})
-    report.traces_page(run.folder / "traces.html", f"{name}: rollouts of test problems", traces)
-    print(summary_table({name: summary}))
     print(f"\n{run.folder}: summary.json, figures/, traces.html; try: python sample.py {run.folder} --progress")
 
 
@@ -208,3 +224,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on with a run that has begun", file=sys.stderr)
+        sys.exit(130)

@@ -32,6 +32,7 @@ from nanomrt.tokenizer import Tokenizer
 SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>")
 SPLITS = ("train", "validation", "test", "ood")
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong: it bounds what the parser sees
+MAX_MISSES = 20_000  # draws in a row that are none of a split's problems: then it is taken to have none
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def evaluate(expression: str) -> tuple[Fraction, tuple[int, ...]] | None:
     >>> evaluate("97**98**9") is evaluate("1.5*4") is evaluate("--5") is evaluate("1/0") is None
     True
     """
-    # The character set excludes names, powers' operands beyond a few digits, decimals and every non-ASCII digit.
+    # Names, decimals and non-ASCII digits end here. `**` and `//` parse, but are none of _OPERATORS: nothing computes them.
     if len(expression) > MAX_ANSWER_CHARS or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
         return None
     try:
@@ -209,16 +210,19 @@ class Countdown:
         """`count` problems of `split`, with repetition, a function of (seed, split) alone."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-        rng, found = random.Random(f"{seed}/{split}"), []
-        for _ in range(10_000 * count):
+        rng, found, missed = random.Random(f"{seed}/{split}"), [], 0
+        while len(found) < count:
             numbers = tuple(rng.sample(range(1, self.number_max + 1), self.numbers))
             targets = sorted(solve(tuple(sorted(numbers)), self.used, self.operators, self.max_value))
             problem = Problem(numbers, rng.choice(targets)) if targets else None
             if problem and self.split_of(problem) == split:
                 found.append(problem)
-                if len(found) == count:
-                    return found
-        raise ValueError(f"found {len(found)} of {count} {split} problems: widen the targets or raise max_solutions")
+                missed = 0
+            elif (missed := missed + 1) == MAX_MISSES:
+                raise ValueError(f"no {split} problem in {missed:,} draws: " +
+                                 ("lower ood_target_min or raise ood_max_solutions" if split == "ood" else
+                                  "widen target_min..target_max or raise max_solutions"))
+        return found
 
     # --- Text ---
 
@@ -229,7 +233,9 @@ class Countdown:
         """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises ValueError with an example."""
         numbers = [int(word) for word in re.findall(r"-?[0-9]+", text)]
         if len(numbers) != self.numbers + 1:
-            raise ValueError(f"expected {self.numbers} numbers and a target, such as '3 7 4 target 25', not {text!r}")
+            example = " ".join(map(str, range(2, self.numbers + 2)))
+            raise ValueError(f"expected {self.numbers} numbers and a target, such as '{example} target {self.target_max}', "
+                             f"not {text!r}")
         if not all(1 <= number <= self.max_value for number in numbers):
             raise ValueError(f"the model knows the numbers 1 to {self.max_value} only")
         return Problem(tuple(numbers[:-1]), numbers[-1])

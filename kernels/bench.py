@@ -46,7 +46,7 @@ import kernels
 from evaluate import COLOURS
 from kernels import reference
 from nanomrt.config import UserError
-from nanomrt.report import write_json
+from nanomrt.report import blank_figure, write_json
 from nanomrt.run import commit
 
 FLUSH = 256 * 1024**2  # bytes written before each measurement: several times the L2 of any GPU so far
@@ -471,14 +471,9 @@ def table(rows: Sequence[dict], columns: dict[str, Callable[[dict], str]] = COLU
 def figure(path: Path, tables: dict[str, list[dict]], matmul: float, copy: float) -> None:
     """TFLOP/s or GB/s of every provider and case, a panel for each pass; a tick is our goal's minimum, dashed is what the machine
     gives at best."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
-
     panels = {(kind, phase): [row for row in rows if row["pass"] == phase and row.get("ms")] for kind, rows in tables.items()
               for phase in {"attention": (FORWARD, BACKWARD), "logprob": (FORWARD, BOTH), "decode": (FORWARD,)}[kind]}
-    drawing = Figure(figsize=(12, 3.2 * len(panels)), layout="constrained")
+    drawing = blank_figure(12, 3.2 * len(panels))
     for axes, ((kind, phase), rows) in zip(drawing.subplots(len(panels), squeeze=False).flat, panels.items()):
         cases, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
         width = 0.8 / max(len(names), 1)

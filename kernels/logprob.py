@@ -26,7 +26,8 @@ Backward, for upstream gradients g of log p and e of the entropy, recomputes the
 
 `token_loss` is the one-pass mode: a policy-gradient loss is a function of each token's log p alone, so g and e are known as soon
 as a few thousand tokens have theirs. It keeps those tokens' logits (in fp16: bf16 would cost 4 % of p at |z| = 20), turns them
-into dz in place and multiplies on: 6 N V C operations instead of 8.
+into dz in place and multiplies on: 6 N V C operations instead of 8. Training doesn't use it: `train.update` also logs the
+entropy, and what it saves is not measured yet.
 
 Left out: bias, soft capping, label smoothing. Dimension key: N rows, C width, V vocabulary.
 """

@@ -89,7 +89,7 @@ class RunConfig:
     # rollouts
     prompts_per_step: int = key(32, "problems per step")
     group_size: int = key(12, "rollouts per problem")
-    thinking_budget: int = key(108, "thinking tokens per rollout; a rollout that has not answered by then is cut off")
+    thinking_budget: int = key(108, "thinking tokens per rollout; it is cut off after these and the room of an answer")
     temperature: float = key(1.0, "sampling temperature, the same in the loss")
     truncated: str = key("zero", "a rollout that was cut off: zero (scores 0 and trains) or mask (left out of the loss)")
 
@@ -149,8 +149,10 @@ class RunConfig:
              f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             (self.alpha >= 0, "alpha must not be negative"),
-            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm not in ("sft", "star", "mrt_star", "vineppo"),
+            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm in ("grpo", "mrt_online", "mrt", "mrt_b"),
              f"kl_estimator=k1_reward is part of the reward, whose size algorithm={self.algorithm} doesn't follow: use k2"),
+            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.equal_groups == "keep",
+             "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
             (0 <= self.length_penalty <= 1,
              "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
@@ -178,6 +180,7 @@ class RunConfig:
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}
+HOW = {"out_dir", "device", "threads", "save_every", "sample_every"}  # where and how to run: no part of what comes out
 BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
@@ -249,10 +252,9 @@ def parse_arm(arm: str) -> dict[str, str]:
 
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
-    has anyway nor keys that only say where or how to run."""
-    silent = {"out_dir", "device", "threads", "save_every", "sample_every"}
+    has anyway nor keys of HOW."""
     before, after = load_config(path), load_config(path, overrides)
-    changed = [name for name in sorted(overrides) if name not in silent and getattr(after, name) != getattr(before, name)]
+    changed = [name for name in sorted(overrides) if name not in HOW and getattr(after, name) != getattr(before, name)]
     values = [f"{name}={getattr(after, name)}".replace("/", "_") for name in changed]
     return "-".join([Path(path).stem, *values])
 

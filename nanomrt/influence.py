@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
     model = starting_policy(folder, task, "cpu")  # in fp32: (2) is a small difference, and bf16 would round it away
-    measured = replace(config, algorithm="anytime")  # a method that asks for J whatever alpha is
+    measured = replace(config, algorithm="anytime", J_discount=1.0)  # a method that asks for J whatever alpha is
     gathered = traces_with_J(model, task, problems, measured, generator_for(config.seed, "influence", 0))
     print(table(model, gathered, task.close_thinking, config, arms))
     return 0

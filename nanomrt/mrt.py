@@ -4,12 +4,13 @@ A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer 
 from m forced answers. Equations (numbers stand on the lines that compute them):
 
     (1) progress_j = J_j - J_{j-1}                                          negative progress is kept
-    (2) credit_j   = sum_{i>=j} gamma^{i-j} progress_i                      gamma = 0: an episode's own progress only
+    (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
 
-alpha = 0 is GRPO. gamma = 1 telescopes to J_T - J_{j-1}: a better baseline for the outcome, not another objective. What
-makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
+alpha = 0 is GRPO. gamma = 1 telescopes to J_T - J_{j-1}, a better baseline for the outcome and no other objective, unless
+progress is centred (as it is by default): then every later episode has a price as well. What makes MRT different is that credit
+stays with the episode that made the progress (arXiv 2503.07572).
 Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
 
 The other members of the family stand beside it: each is one credit function (batch, episodes, config) -> A (N,), and
@@ -85,7 +86,7 @@ def episodes_between(row: Tensor, boundary: Tensor, J: Tensor) -> Episodes:
 
 
 def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
-    """Reward minus a baseline from its group, and 0 stays 0. (B,) -> (B,).
+    """Reward minus a baseline from its group; exactly 0, not rounding noise, where a group's rewards are equal. (B,) -> (B,).
 
     mean: minus the group's mean (Dr. GRPO); mean_std: and divided by the group's population std (GRPO); rloo: minus the mean
     of the *other* rollouts, which is `mean` times G/(G-1) and makes the estimate unbiased.
@@ -95,7 +96,7 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """
     _, group, size = prompt_id.unique(return_inverse=True, return_counts=True)
     mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size
-    # In fp64 the mean of equal rewards is that reward, so their advantage is exactly 0 and not rounding noise over itself.
+    # In fp64 the mean of equal rewards is that reward; in fp32 it may be off by rounding, and the std is then no larger.
     centred = reward.double() - mean(reward.double())[group]
     if norm == "mean_std":
         centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)

@@ -91,14 +91,18 @@ def truncate_jsonl(path: Path, last_step: int) -> None:
     os.replace(aside, path)
 
 
-def training_figure(path: Path, runs: dict[str, Sequence[dict]]) -> None:
-    """Reward, J before and after thinking, and tokens per rollout against the step, runs overlaid."""
+def blank_figure(width: float, height: float):
+    """A matplotlib Figure of this size in inches. Raises UserError without matplotlib, an optional package."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state; savefig draws with Agg
     except ImportError:
         raise UserError("figures need matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
 
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+
+def training_figure(path: Path, runs: dict[str, Sequence[dict]]) -> None:
+    """Reward, J before and after thinking, and tokens per rollout against the step, runs overlaid."""
+    figure = blank_figure(12, 3.4)
     axes = figure.subplots(1, 3)
     for label, rows in runs.items():
         steps = [row["step"] for row in rows]

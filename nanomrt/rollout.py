@@ -66,8 +66,8 @@ def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[
 
 
 def answer_text(task, response: Sequence[int]) -> str:
-    """What a rollout votes for: its answer as it is written, '' without a complete one."""
-    if response[-1] != task.stop or task.open_answer not in response:
+    """What a rollout votes for: its answer as it is written, '' without a complete one after its thinking."""
+    if response[-1] != task.stop or not {task.close_thinking, task.open_answer} <= set(response):
         return ""
     return task.tokenizer.decode(response[len(response) - response[::-1].index(task.open_answer) :])
 

@@ -22,7 +22,17 @@ from pathlib import Path
 import torch
 
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError, describe, load_config, parse_overrides, read_config, run_name, save_config
+from nanomrt.config import (
+    HOW,
+    RunConfig,
+    UserError,
+    describe,
+    load_config,
+    parse_overrides,
+    read_config,
+    run_name,
+    save_config,
+)
 from nanomrt.methods import Gathered
 from nanomrt.model import Llama
 
@@ -68,8 +78,9 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def begin(self, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
-        """Start afresh, or load the newest good checkpoint into `model` and `optimizer` and drop what came after it."""
+    def begin(self, start: Path, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
+        """Start afresh from the policy in `start`, which `model` holds, or load the newest good checkpoint into `model` and
+        `optimizer` and drop what came after it."""
         newest = self._newest() if resume else None
         self.folder.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.folder / "config.json")
@@ -85,10 +96,14 @@ class Run:
         else:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
-            report.append_jsonl(self.folder / "metrics.jsonl", provenance(self))
+            report.append_jsonl(self.folder / "metrics.jsonl", provenance(self) | {"start": str(start)})
         self._saved, self._first_step, self._began, self._before = self.step, self.step, time.perf_counter(), dict(self.seconds)
         self._cpu_began = time.process_time()
-        signal.signal(signal.SIGINT, self._interrupt)
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def end(self) -> None:
+        """Training is over and saved: from here on Ctrl-C stops at once again."""
+        signal.signal(signal.SIGINT, self._handler)
 
     def _newest(self) -> Path | None:
         """The checkpoint to resume from; None if the run was stopped before it had one."""
@@ -168,22 +183,25 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
         print(f"{USAGE}\n\nKeys, with their types, defaults and meanings:\n{describe()}")
         raise SystemExit(0 if argv else 2)
     flags = {word for word in argv if word in ("--resume", "--force")}
-    path, *rest = [word for word in argv if word not in flags]
+    words = [word for word in argv if word not in flags]
+    if not words or words[0].startswith("--"):
+        raise UserError(f"which config? {USAGE}")
+    path, *rest = words
     try:
         overrides = parse_overrides(rest)
         config = load_config(path, overrides)
+        folder = Path(config.out_dir) / run_name(path, overrides)
+        saved = folder / "config.json"
+        before = read_config(saved) if saved.is_file() else None
     except ValueError as error:
         raise UserError(str(error)) from None
-    folder = Path(config.out_dir) / run_name(path, overrides)
-    saved = folder / "config.json"
     if "--resume" in flags:
-        if not saved.is_file():
+        if before is None:
             raise UserError(f"nothing to resume in {folder}: run the same command without --resume")
-        changed = [name for name, value in asdict(read_config(saved)).items()
-                   if value != getattr(config, name) and name not in ("device", "threads", "out_dir")]
+        changed = [name for name, value in asdict(before).items() if value != getattr(config, name) and name not in HOW]
         if changed:
             raise UserError(f"{path} has changed since {folder} began ({', '.join(changed)}): restore it, or start a new run")
-    elif saved.is_file():
+    elif before is not None:
         raise UserError(f"{folder} exists: add --resume to go on with it, or remove it to start again")
     return config, folder, flags
 

@@ -98,10 +98,11 @@ def shaping(config: RunConfig) -> dict:
             if name.startswith(("trace_", "warm_")) or name in SHAPING_KEYS}
 
 
-def warm_folder(config: RunConfig) -> Path:
-    """Where this config's warm start is cached; its name is a hash of what shapes it, so runs that differ in RL share one."""
+def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
+    """Where a stage of this config's warm start is cached; its name is a hash of what shapes it, so runs that differ in RL share
+    it."""
     digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()[:10]
-    return Path(config.out_dir) / f"warm-{digest}"
+    return Path(config.out_dir) / f"{stage.replace(' ', '-')}-{digest}"
 
 
 def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
@@ -114,25 +115,23 @@ def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
 
 
 def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
-    """The checkpoint folder of this config's warm start: from the cache if it is there, else trained until it passes the gates,
-    stage by stage, and saved. Raises UserError with advice if a gate fails then, unless `force`."""
-    folder = warm_folder(config)
-    if checkpoint.damage(folder) is None:
-        print(f"warm start: {folder}, trained before")
-        failed = failed_gates(checkpoint.load_model(folder, device), task, config)
-    else:
-        shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
-        model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape))
-        model.initialise(torch.Generator().manual_seed(config.seed)).to(device)
-        for stage in STAGES:
+    """The checkpoint folder of the first stage of this config's warm start that passes the gates. A stage is trained if it isn't
+    there, and saved. Raises UserError with advice if a gate fails after the last, unless `force`, which takes the first."""
+    shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+    model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape))
+    model.initialise(torch.Generator().manual_seed(config.seed)).to(device)
+    for stage in STAGES:
+        folder = warm_folder(config, stage)
+        if checkpoint.damage(folder) is None:
+            print(f"warm start: {folder}, trained before")
+            model = checkpoint.load_model(folder, device)
+        else:
             with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
                 for loss in warm_start(model, task, config, stage):
                     bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                     bar.update()
-            failed = failed_gates(model, task, config)
-            if not failed or force:
-                break
-        checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
-    if failed and not force:
-        raise UserError("the warm start is not ready for RL: " + "; ".join(failed) + ". --force goes on regardless")
-    return folder
+            checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
+        failed = failed_gates(model, task, config)
+        if not failed or force:
+            return folder
+    raise UserError("the warm start is not ready for RL: " + "; ".join(failed) + ". --force goes on regardless")

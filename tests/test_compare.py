@@ -1,13 +1,14 @@
 """compare.py: arms and jobs, values between checkpoints, intervals, tables, and one whole comparison of tiny runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import compare
-from nanomrt.config import UserError
+from nanomrt.config import UserError, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
@@ -105,6 +106,41 @@ def test_the_tables_say_what_the_runs_say():
     assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
 
 
+def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():
+    """It is in the tables of values; what can't be paired isn't compared."""
+    differences = compare.tables({"grpo": GRPO[:1], "mrt": MRT[1:]}).split("###")[4]
+    assert "| mrt | no seed in common | | | |" in differences
+
+
+def test_a_report_has_the_baseline_that_was_named(tmp_path):
+    """Or else the next arm would silently take its place."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "anytime-seed=0.json").write_text("{}")
+    with pytest.raises(UserError, match="no such run of grpo, the baseline"):
+        compare.main(["config/tiny.py", "--algorithms", "grpo,anytime", "--report", "--results", str(tmp_path)])
+
+
+def test_runs_wait_for_the_warm_start_that_is_theirs(tmp_path):
+    """Not for that of their seed: arms whose traces differ have others. With `init_from` there is none to make."""
+    job = lambda arm, **keys: compare.Job.of(Path("config/tiny.py"), arm, 0, {"out_dir": str(tmp_path), **keys}, Path(), "test")
+    starts = [compare.shared_start(job(arm)) for arm in ("grpo", "mrt_online", "grpo+trace_repeat=0.1")]
+    assert starts[0] == starts[1] != starts[2]
+    elsewhere = job("grpo", init_from="somewhere")
+    assert compare.shared_start(elsewhere) == Path("somewhere")
+    compare.warm_start(elsewhere)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
+    """The newcomer's own run has the same name; its CPU time is that of all its threads."""
+    job = compare.Job.of(Path("config/tiny.py"), "grpo", 0, {"out_dir": str(tmp_path)}, tmp_path, "test")
+    job.run.mkdir()
+    save_config(replace(job.config, threads=2), job.run / "config.json")
+    with pytest.raises(UserError, match="wasn't trained with threads=1.*--out_dir"):
+        compare.run_job(job)
+
+
 def test_a_whole_comparison(tmp_path, monkeypatch):
     """Trains two arms from one warm start, writes a file for each and a table; a second call trains nothing and says the same."""
     monkeypatch.chdir(Path(compare.__file__).parent)
@@ -127,5 +163,5 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert compare.main(command) == 0 and table.read_text() == before
     assert compare.main([*command, "--report", "--seeds", "2", "--name", "other"]) == 0  # of what is there, which is seed 0
     assert next(folder.glob("other-*.md")).read_text() == before
-    with pytest.raises(UserError, match="no such runs in .*leave out --report"):
+    with pytest.raises(UserError, match="no such run of .*leave out --report"):
         compare.main(["config/tiny.py", "--algorithms", "sft", "--report", "--results", str(tmp_path / "elsewhere")])

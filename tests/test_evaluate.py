@@ -149,6 +149,7 @@ def test_where_thinking_ends_and_what_is_voted_for(task):
     assert thinking_tokens(task, encode("<try> 3 no")) == 3  # cut off
     assert thinking_tokens(task, encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
     assert answer_text(task, encode("</think> <answer> 3 <answer> 3 + 4 </answer>")) == "3 + 4 </answer>"
+    assert answer_text(task, encode("<try> <answer> 3 + 4 </answer>")) == ""  # the thinking never ended: no verdict, no vote
     assert answer_text(task, encode("</think> <answer> 3 + 4")) == answer_text(task, encode("<try> </answer>")) == ""
 
 

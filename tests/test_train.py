@@ -1,5 +1,6 @@
 """The whole pipeline on config/tiny.py: everything is written, resuming is exact, killing loses nothing."""
 
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from nanomrt.mrt import Batch, token_weights
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import written
 from nanomrt.run import Run
-from nanomrt.warmstart import cached_warm_start, warm_folder
+from nanomrt.warmstart import STAGES, cached_warm_start, warm_folder
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1"]
@@ -189,9 +190,29 @@ def test_ctrl_c_saves_and_says_how_to_go_on(out):
         if line.lstrip().startswith("1/200"):
             process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    assert "--resume" in output[-1]
+    assert output[-1].rstrip().endswith(f"python train.py {' '.join(command[2:])} --resume")
     assert checkpoint.damage(checkpoint.newest(newest_run(out) / "checkpoints")) is None
     process.stdout.close()
+
+
+def test_after_training_ctrl_c_is_what_it_was(finished, monkeypatch, tmp_path):
+    """While a run trains, the first Ctrl-C waits for the step's end; once it is over nothing waits any more."""
+    run, before = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu"), signal.getsignal(signal.SIGINT)
+    model = checkpoint.load_model(finished / "checkpoints/step-000004", "cpu")
+    run.begin(finished, model, torch.optim.AdamW(model.parameters()), resume=False)
+    assert signal.getsignal(signal.SIGINT) == run._interrupt
+    run.end()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interruption_at_any_moment_is_saved(out, monkeypatch, capsys, at):
+    """Wherever between two looks at `interrupted` it comes, the step that the message names has its checkpoint."""
+    looks = itertools.count()
+    monkeypatch.setattr(Run, "interrupted", property(lambda run: next(looks) >= at, lambda run, value: None), raising=False)
+    assert train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", "--save_every=100"]) == 130
+    saved = checkpoint.newest(newest_run(out) / "checkpoints").name
+    assert f"stopped after step {int(saved.removeprefix('step-'))};" in capsys.readouterr().out
 
 
 def test_non_finite_gradients_are_skipped_and_three_in_a_row_stop(tmp_path):
@@ -277,6 +298,9 @@ def test_a_policy_gradient_does_heed_the_recorded_logprobs(model, imitated, tmp_
     (["config/missing.py"], "no config file"),
     (["config/tiny.py", "--resume"], "nothing to resume"),
     (["config/tiny.py", "--init_from=nowhere"], "no checkpoint folder"),
+    (["--resume"], "which config? usage: python train.py config/small.py"),
+    (["config/tiny.py", "--operators=%"], "must be some of"),
+    (["config/tiny.py", "--ood_target_min=61"], "no ood problem in 20,000 draws"),  # before any training, not after all of it
 ])
 def test_mistakes_are_one_line_that_names_the_fix(tmp_path, words, message):
     command = [sys.executable, "train.py", *words, f"--out_dir={tmp_path}"]
@@ -292,7 +316,7 @@ def test_an_existing_run_is_not_overwritten(finished):
 
 @pytest.mark.parametrize("measured, stages, ready", [((1.0,), 1, True), ((0.0, 1.0), 2, True), ((0.0, 0.0), 2, False)], ids=str)
 def test_who_fails_a_gate_gets_a_second_stage(out, monkeypatch, measured, stages, ready):
-    """And who fails again gets none: that policy is kept, and the advice says what to do."""
+    """And who fails again gets none: the advice says what to do. Each stage is kept."""
     config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(out), warm_steps=2, warm_batch=2)
     seen = []
     monkeypatch.setattr(warmstart, "gates", lambda model, task, config: seen.append(model.head.clone()) or
@@ -304,7 +328,22 @@ def test_who_fails_a_gate_gets_a_second_stage(out, monkeypatch, measured, stages
         with pytest.raises(UserError, match="raise warm_steps"):
             start()
     assert len(seen) == stages and (stages == 1 or not torch.equal(*seen))
-    assert torch.equal(checkpoint.load_model(warm_folder(config), "cpu").head, seen[-1])
+    for stage, head in zip(STAGES, seen):
+        assert torch.equal(checkpoint.load_model(warm_folder(config, stage), "cpu").head, head)
+
+
+def test_a_stage_is_kept_for_who_needs_it(out, monkeypatch):
+    """Whose gates are lower, or who forces them, begins after the first stage, and whoever comes then still gets the second: what
+    a config starts from doesn't depend on what ran before."""
+    config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(out), warm_steps=2, warm_batch=2)
+    monkeypatch.setattr(warmstart, "gates", lambda model, task, config: {"result": (0.5, config.gate_result)})
+    start = lambda gate, force=False: cached_warm_start(Countdown.from_config(config), replace(config, gate_result=gate), "cpu",
+                                                        force=force)
+    assert start(0.9, force=True) == start(0.4) == warm_folder(config)
+    assert not warm_folder(config, STAGES[1]).exists()
+    with pytest.raises(UserError, match="raise warm_steps"):
+        start(0.9)
+    assert warm_folder(config, STAGES[1]).exists() and start(0.4) == warm_folder(config)
 
 
 def test_a_failed_gate_stops_before_rl(out):
