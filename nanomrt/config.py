@@ -98,6 +98,7 @@ class RunConfig:
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
     J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before")
+    repeat_penalty: float = key(0.0, "A of an attempt's worth of tokens that its rollout has written before: minus this; 0: off")
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
@@ -155,6 +156,9 @@ class RunConfig:
              "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
             (0 <= self.length_penalty <= 1,
              "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
+            (self.repeat_penalty >= 0, "repeat_penalty must not be negative"),
+            (not self.repeat_penalty or self.algorithm in ("grpo", "mrt_online", "mrt"),
+             f"repeat_penalty is part of the credit of grpo, mrt_online and mrt: leave it at 0 for algorithm={self.algorithm}"),
             (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
             (0 < self.J_discount <= 1, "J_discount must lie in 0..1, without 0: 1 is progress as it is"),
             (self.J_discount == 1 or self.algorithm in ("mrt_online", "mrt"),

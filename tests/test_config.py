@@ -141,6 +141,8 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--importance_cap=2 --algorithm=sft", "algorithm=sft learns what nobody sampled as it stands: leave it at 0"),
     ("", "--alpha=nan", "alpha"),
     ("", "--gamma=1.5", r"gamma must lie in 0\.\.1"),
+    ("", "--repeat_penalty=-1", "repeat_penalty must not be negative"),
+    ("", "--repeat_penalty=1 --algorithm=vineppo", "leave it at 0 for algorithm=vineppo"),
     ("", "--J_discount=0", r"J_discount must lie in 0\.\.1, without 0"),
     ("", "--J_discount=0.9 --algorithm=anytime", "J_discount belongs to the progress of mrt_online and mrt: algorithm=anytime"),
     ("", "--learning_rate_end=2", r"learning_rate_end must lie in 0\.\.1"),

@@ -27,6 +27,7 @@ from nanomrt.mrt import (
     plain_credit,
     prefix_bonus_credit,
     progress_credit,
+    repeated,
     short_outcome_credit,
     value_credit,
     value_over_tokens,
@@ -39,7 +40,7 @@ CREDITS = [outcome_credit, short_outcome_credit, progress_credit, prefix_bonus_c
 
 def options(**changed) -> SimpleNamespace:
     return SimpleNamespace(**dict(alpha=1.0, gamma=0.0, J_discount=1.0, advantage_norm="mean", progress_norm="none",
-                                  length_penalty=0.5, thinking_budget=10) | changed)
+                                  length_penalty=0.5, thinking_budget=10, repeat_penalty=0.0, used=3) | changed)
 
 
 def per_row(batch: Batch, credit: torch.Tensor) -> list[list[float]]:
@@ -56,6 +57,37 @@ def example() -> tuple[Batch, Episodes]:
 
 
 # --- By hand ---
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9)), min_size=1, max_size=9), min_size=1, max_size=4),
+       st.integers(1, 3))
+def test_repeated_is_what_a_walk_through_each_rollout_has_seen(rows, n):
+    """Against sets of n-grams: other rollouts do not count, nor do n-grams with a token that is no action (a tenth of them)."""
+    flat = [token for row in rows for token in row]
+    batch = Batch(torch.tensor([token for token, _ in flat]), torch.tensor([len(row) for row in rows]),
+                  torch.tensor([act > 0 for _, act in flat]), *[None] * 4)
+    expected = []
+    for row in rows:
+        seen, again = set(), [False] * len(row)
+        for t in range(len(row) - n + 1):
+            gram = tuple(token for token, _ in row[t : t + n])
+            if all(act for _, act in row[t : t + n]):
+                again[t : t + n] = [True] * n if gram in seen else again[t : t + n]
+                seen.add(gram)
+        expected += again
+    assert repeated(batch, n).tolist() == expected
+
+
+def test_a_price_on_repetition_is_paid_where_it_happens():
+    """Of two attempts of 3 tokens (used = 1), the second says the first one again: its tokens pay, no others, and progress is
+    added to that as to any outcome. Whoever repeats nothing pays nothing."""
+    batch, episodes = example()
+    again = Batch(torch.tensor([9, 1, 2, 3, 1, 2, 3, 8, 9, 1, 2, 3, 8]), *[getattr(batch, name) for name in (
+        "lengths", "is_action", "logprob", "reward", "prompt_id", "finished")])
+    without, price = options(), options(repeat_penalty=0.25, used=1)
+    for credit in (outcome_credit, progress_credit):
+        paid = credit(again, episodes, without) - credit(again, episodes, price)
+        assert per_row(batch, paid) == [[0, 0, 0, 0.25, 0.25, 0.25, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("norm, right, wrong", [
