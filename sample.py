@@ -133,7 +133,8 @@ def load_run(run: Path, device: str) -> tuple[Llama, Countdown, RunConfig]:
     folder = run if (run / "model.safetensors").is_file() else None
     settings = (run.resolve().parent.parent if folder else run) / "config.json"  # run/checkpoints/step-000060
     if not settings.is_file():
-        raise UserError(f"{run} is no run: there is no {settings}; train one with python train.py config/small.py")
+        what = "a checkpoint outside of a run, so its task isn't known" if folder else "no run: it has no config.json"
+        raise UserError(f"{run} is {what}; name a run (python train.py config/small.py trains one) or one of its checkpoints")
     try:
         config = read_config(settings)
         model = checkpoint.load_model(folder or checkpoint.newest(run / "checkpoints"), device)

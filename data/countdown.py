@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import islice, permutations, product
 
 from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
@@ -145,7 +145,8 @@ def last_answer(response: str) -> str | None:
 class Countdown:
     """The task, and all that training, sampling and evaluation know of it. Another task offers the same names:
 
-    problems, prompt, parse, show      what is asked, as objects, tokens, from a user and for the eye
+    problems, draws                    what is asked
+    prompt, parse, show                the same as tokens, from a user and for the eye
     warm_trace, audit                  what the warm start learns, and what it must be able to do
     habits                             how a policy searches: what a table of accuracies doesn't explain
     episode_ends, forced_stop          where an episode ends; the tokens that end the thinking and ask for the answer
@@ -208,21 +209,24 @@ class Countdown:
 
     def problems(self, split: str, count: int, seed: int | str) -> list[Problem]:
         """`count` problems of `split`, with repetition, a function of (seed, split) alone."""
+        return list(islice(self.draws(split, seed), count))
+
+    def draws(self, split: str, seed: int | str) -> Iterator[Problem]:
+        """The same without an end, one by one. Raises ValueError with the fix if the split has none."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-        rng, found, missed = random.Random(f"{seed}/{split}"), [], 0
-        while len(found) < count:
+        rng, missed = random.Random(f"{seed}/{split}"), 0
+        while True:
             numbers = tuple(rng.sample(range(1, self.number_max + 1), self.numbers))
             targets = sorted(solve(tuple(sorted(numbers)), self.used, self.operators, self.max_value))
             problem = Problem(numbers, rng.choice(targets)) if targets else None
             if problem and self.split_of(problem) == split:
-                found.append(problem)
+                yield problem
                 missed = 0
             elif (missed := missed + 1) == MAX_MISSES:
                 raise ValueError(f"no {split} problem in {missed:,} draws: " +
                                  ("lower ood_target_min or raise ood_max_solutions" if split == "ood" else
                                   "widen target_min..target_max or raise max_solutions"))
-        return found
 
     # --- Text ---
 

@@ -10,10 +10,11 @@ try:
     from kernels.attention import attention as fused_attention
     from kernels.decode import branch_attention as fused_branch_attention
     from kernels.logprob import token_logprobs as fused_token_logprobs
-except ImportError:  # no Triton for this platform, and so no CUDA either
-    from kernels.reference import attention as fused_attention
-    from kernels.reference import branch_attention as fused_branch_attention
-    from kernels.reference import token_logprobs as fused_token_logprobs
+except ImportError as problem:  # no Triton for this platform, or one that is too old
+    def without_triton(*_, reason: ImportError = problem):
+        raise ImportError("on a CUDA device the kernels need Triton: pip install 'triton>=3.6'") from reason
+
+    fused_attention = fused_branch_attention = fused_token_logprobs = without_triton
 
 __all__ = ["attention", "branch_attention", "logits", "token_logprobs"]
 

@@ -377,7 +377,8 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
             for phase, run in passes(call).items():
                 if phase in case.flops:
                     flops = case.flops[phase] + (case.flops[FORWARD] if call.recomputes and phase != FORWARD else 0)
-                    found.append((row | {"pass": phase, "flops": flops, "extra_bytes": peak_memory(*run, device),
+                    found.append((row | {"pass": phase, "flops": flops, "task_flops": case.flops[phase],
+                                         "extra_bytes": peak_memory(*run, device),
                                          "goal": case.goal(phase) if provider.name.startswith(OURS) else None}, run))
         except Exception as problem:  # whatever a peer dies of: the others go on
             reason = textwrap.shorten(str(problem) or type(problem).__name__, 90, placeholder=" …")
@@ -392,18 +393,19 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
     for row in rows:
         if row["pass"]:
             row["ms"] = next(measured)
-            row |= {"tflops": row["flops"] / row["ms"] / 1e9} if row["ms"] else {"reason": "not available: out of memory"}
+            row |= {"tflops": row["task_flops"] / row["ms"] / 1e9} if row["ms"] else {"reason": "not available: out of memory"}
             row |= {"gbs": row["bytes"] / row["ms"] / 1e6} if row["bytes"] and row["ms"] else {}
     return rows
 
 
 def compare(rows: Sequence[dict], matmul: float, copy: float) -> None:
-    """Fill in the share of the matmul or copy rate, and how many times as fast as the best peer of its case and pass a row is."""
+    """Fill in the share of the matmul or copy rate, what is computed twice included, and how many times as fast as the best peer
+    of its case and pass a row is."""
     timed = [row for row in rows if row.get("ms")]
     for row in timed:
         peers = [other["ms"] for other in timed if (other["case"], other["pass"]) == (row["case"], row["pass"])
                  and not other["provider"].startswith(OURS)]
-        row["share"] = row["gbs"] / copy if "gbs" in row else row["tflops"] / matmul
+        row["share"] = row["gbs"] / copy if "gbs" in row else row["flops"] / row["ms"] / 1e9 / matmul
         row["ratio"] = min(peers) / row["ms"] if peers else None
 
 
@@ -537,6 +539,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(best, {"machine": lambda row: row["what"], "rate": lambda row: f"{row['value']:.4g} {row['unit']}"}), flush=True)
     chosen = {kind: part for kind, part in plan(device, dtype, args.quick).items() if args.only in (None, kind)}
     tables = {kind: [] for kind in chosen}
+    gpu, slug = gpu_name(device)
+    name = "-".join(filter(None, ["kernels", slug, args.only, args.quick and "quick"]))
+    versions = {package: getattr(sys.modules.get(package), "__version__", None) for package in ("torch", "triton")}
+    found = {"gpu": gpu, "versions": versions, "commit": commit(), "machine": best, "rows": tables}
     with tqdm(total=sum(len(cases) for _, cases in chosen.values()), unit="case") as bar:
         for kind, (providers, cases) in chosen.items():
             for make in cases:
@@ -544,15 +550,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.set_description(case.name)
                 tables[kind] += bench(case, providers, device, least, most)
                 del case  # its tensors make room for the next one's
+                write_json(folder / f"{name}.json", found)  # what is measured stays, whatever comes next
                 bar.update()
     for kind, rows in tables.items():
         compare(rows, matmul, copy)
         print(f"\n### {kind}\n\n{table(rows)}")
 
-    gpu, slug = gpu_name(device)
-    name = "-".join(filter(None, ["kernels", slug, args.only, args.quick and "quick"]))
-    versions = {package: getattr(sys.modules.get(package), "__version__", None) for package in ("torch", "triton")}
-    write_json(folder / f"{name}.json", {"gpu": gpu, "versions": versions, "commit": commit(), "machine": best, "rows": tables})
+    write_json(folder / f"{name}.json", found)
     figure(folder / f"{name}.png", tables, matmul, copy)
     print(f"\n{folder / name}.json and .png")
     failed = [row for rows in tables.values() for row in rows if row["provider"] == OURS and "reason" in row]

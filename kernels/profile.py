@@ -9,8 +9,8 @@ backward count as products. MFU is the model's FLOPs (6 per parameter and token,
 without the profiler and the rate of a large bf16 matrix product.
 
 `floor` is the least that everything but products, attention and log-probs could take: each activation that a norm, a rotation,
-a SwiGLU or a residual sum reads or writes moves once, in the type it has, forward and twice backward. What stands above the floor
-is what fusing could save; a kernel has to be worth 5 % of a step.
+a SwiGLU or a residual sum reads or writes moves once, in the type it has, forward and twice backward; and each weight is cast
+once, and its gradient back. What stands above the floor is what fusing could save; a kernel has to be worth 5 % of a step.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
@@ -59,15 +60,16 @@ def training_step(model: Llama, tokens: Tensor, packed: Packed) -> None:
     clipped_loss(logprob, logprob.detach(), advantage, advantage / len(logprob), 0.2, 0.28).backward()
 
 
-def floor_bytes(config: ModelConfig, tokens: int) -> int:
+def floor_bytes(config: ModelConfig, tokens: int, parameters: int) -> int:
     """Least traffic of a step's elementwise operations, in bytes: see the module's docstring. The residual stream has four
-    bytes a number, all else two."""
+    bytes a number, all else two; the products' weights are cast from four to two, and their gradients back."""
     C, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads + config.num_key_value_heads
     norms = 2 * (4 + 2) * C
     residual = 2 * (4 + 2 + 4) * C
     rotation = (2 + 2) * heads * config.head_dim
     swiglu = (2 + 2 + 2) * F
-    return 3 * tokens * config.num_hidden_layers * (norms + residual + rotation + swiglu)
+    casts = 2 * (4 + 2) * parameters
+    return 3 * tokens * config.num_hidden_layers * (norms + residual + rotation + swiglu) + casts
 
 
 def flops(model: Llama, lengths: tuple[int, ...]) -> float:
@@ -91,8 +93,10 @@ def by_operation(run: Callable[[], None], device: str) -> list[dict]:
         if device == "cuda":
             torch.cuda.synchronize()
     own = (lambda event: event.self_device_time_total) if device == "cuda" else (lambda event: event.self_cpu_time_total)
+    # On a GPU each kernel is an event as well, whose time its operation on the CPU has already.
     rows = [{"operation": event.key, "group": group_of(event.key), "ms": own(event) / 1e3, "calls": event.count}
-            for event in recorded.key_averages() if "::" in event.key and own(event) > 0]
+            for event in recorded.key_averages()
+            if "::" in event.key and own(event) > 0 and event.device_type == DeviceType.CPU]
     return sorted(rows, key=lambda row: -row["ms"])
 
 
@@ -131,7 +135,7 @@ def main(argv: list[str]) -> int:
     groups = [{"group": group, "ms": sum(row["ms"] for row in rows if row["group"] == group)} for group in GROUPS]
     other = sum(row["ms"] for row in groups if row["group"] not in FUSED)
     summary = {"ms": ms, "mfu": flops(model, lengths) / ms / 1e9 / matmul, "busy_ms": busy, "elementwise_ms": other,
-               "floor_ms": floor_bytes(config, tokens) / copy / 1e6}
+               "floor_ms": floor_bytes(config, tokens, sum(p.numel() for p in model.parameters())) / copy / 1e6}
     share = lambda row: f"{row['ms'] / busy:.1%}"
     print(table(groups, {"group": lambda row: row["group"], "ms": lambda row: f"{row['ms']:.2f}", "share": share}))
     print("\n" + table(rows[:20], {"operation": lambda row: row["operation"], "group": lambda row: row["group"],

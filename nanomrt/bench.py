@@ -17,7 +17,6 @@ never in a test.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,31 +36,43 @@ import train
 from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
-from nanomrt.cudagraph import Recording
-from nanomrt.model import Llama, ModelConfig, mixed_precision
+from nanomrt.cudagraph import Recording, recording
+from nanomrt.model import Llama, ModelConfig
 from nanomrt.mrt import Batch, outcome_credit
+from nanomrt.report import write_json
 from nanomrt.run import commit
 from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
 
 PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
 TRACE, ANSWER, FORKS, EPISODE = 108, 8, 12, 9
+OURS = "nanomrt"
 
 
 def small_llama(task: Countdown, device: str) -> Llama:
-    """0.36M parameters, like the model of the published figures for a CPU."""
+    """0.34M parameters, like the model of the published figures for a CPU."""
     config = ModelConfig(vocab_size=len(task.tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
                          num_attention_heads=3, num_key_value_heads=3, head_dim=32, max_position_embeddings=256)
     return Llama(config).initialise(torch.Generator().manual_seed(0)).to(device)
 
 
 def medians(providers: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
-    """Seconds of each provider: one call to warm up, then all in turn, `repeats` times."""
+    """Seconds of each provider: one call to warm up, then all in turn, `repeats` times. One that fails is left out, with a line
+    that says why: the others go on."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for name, call in tqdm([*providers.items()] * (repeats + 1), desc=label, leave=False):
+        if name not in seconds:
+            continue
         began = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        try:
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as problem:  # whatever a peer dies of
+            if name.startswith(OURS):
+                raise
+            tqdm.write(f"{label}, {name}: not available: {str(problem) or type(problem).__name__}", file=sys.stderr)
+            del seconds[name]
+            continue
         seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
@@ -76,23 +88,23 @@ def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
 def ours(model: Llama, prompts: list[list[int]], rows: int) -> Callable[[], Samples]:
     """Prefill of the prompts and `NEW` sampled tokens for each of `rows` rows; no token stops."""
     owner = [r * len(prompts) // rows for r in range(rows)]
-    branches = Branches.of(owner, [PROMPT - 1] * rows, [prompts[i][-1:] for i in owner], model.head.device,
+    branches = Branches.of(owner, [PROMPT - 1] * rows, [prompts[i][-1:] for i in owner], model.device,
                            torch.Generator().manual_seed(2))
     return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()), keep=False)
 
 
 @torch.no_grad()
 def products(model: Llama, rows: int) -> Callable[[], object]:
-    """The linear layers and the head of NEW decoding steps, and nothing else."""
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=w.device) for w in weights}
+    """The linear layers and the head of NEW decoding steps, and nothing else; on a GPU they are replayed as our steps are."""
+    weights = [m.weight.to(model.head.dtype) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=w.device, dtype=w.dtype) for w in weights}
+    once = lambda: [torch.nn.functional.linear(inputs[weight.shape[1]], weight) for weight in weights]
 
     @torch.no_grad()
     def multiply() -> None:
-        with mixed_precision(weights[0].device):
+        with recording(once, model.device) as step:
             for _ in range(NEW):
-                for weight in weights:
-                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+                step()
 
     return multiply
 
@@ -105,7 +117,7 @@ def their_llama(model: Llama, task: Countdown):
         return None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder) / "model", model, task.tokenizer, {})
-        return LlamaForCausalLM.from_pretrained(Path(folder) / "model").to(model.head.device, model.head.dtype)
+        return LlamaForCausalLM.from_pretrained(Path(folder) / "model").to(model.device, model.head.dtype)
 
 
 def continuous_batching(model: Llama, task: Countdown, prompts: list[list[int]]) -> Callable[[], object] | None:
@@ -116,7 +128,13 @@ def continuous_batching(model: Llama, task: Countdown, prompts: list[list[int]])
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
-    return lambda: theirs.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+
+    def call() -> None:
+        outputs = theirs.generate_batch(inputs=prompts, generation_config=config, progress_bar=False).values()
+        if (found := sum(len(output.generated_tokens) for output in outputs)) != len(prompts) * NEW:
+            raise RuntimeError(f"{found} tokens instead of {len(prompts) * NEW}")
+
+    return call
 
 
 def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **options) -> Callable[[], object] | None:
@@ -125,7 +143,7 @@ def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **opti
     theirs = their_llama(model, task)
     if theirs is None:
         return None
-    ids = torch.tensor(prompts, device=model.head.device)
+    ids = torch.tensor(prompts, device=model.device)
     mask = torch.ones_like(ids)
     return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW,
                                    pad_token_id=0, eos_token_id=None, **options)
@@ -145,27 +163,27 @@ def launched(call: Callable[[], object]) -> Callable[[], object]:
 
 def forked(model: Llama, segments: Segments, places: list[tuple[int, int]]) -> Callable[[], object]:
     """Answers as branches of traces that are cached already, as in training."""
-    branches = Branches.of([t for t, _ in places], [p for _, p in places], [[1, 2]] * len(places), model.head.device)
+    branches = Branches.of([t for t, _ in places], [p for _, p in places], [[1, 2]] * len(places), model.device)
     return lambda: generate(model, segments, branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
 def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[int, int]]) -> Callable[[], object]:
     """The same answers, each from a context of its own."""
     contexts = [traces[t][:p] for t, p in places]
-    branches = Branches.of(range(len(places)), [p for _, p in places], [[1, 2]] * len(places), model.head.device)
+    branches = Branches.of(range(len(places)), [p for _, p in places], [[1, 2]] * len(places), model.device)
     return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
 def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
     """Rollouts and the update of train.py; rewards are arbitrary."""
-    config = RunConfig(steps=10**6, thinking_budget=NEW)
+    config = RunConfig(steps=10**6, thinking_budget=NEW, learning_rate=1e-9)  # the weights stay, and so does the work
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     rows = len(prompts) * GROUP
     sample, owner = ours(model, prompts, rows), torch.arange(len(prompts)).repeat_interleave(GROUP)
 
     def step() -> None:
-        samples, device = sample(), model.head.device
+        samples, device = sample(), model.device
         context = torch.tensor([prompts[i][:-1] for i in owner], device=device)
         tokens, before = torch.cat([context, samples.tokens], 1), torch.zeros_like(context)
         batch = Batch(tokens.flatten(), torch.full((rows,), tokens.shape[1], device=device),
@@ -199,8 +217,8 @@ def trl_steps(model: Llama, task: Countdown, prompts: list[list[int]], repeats: 
         config = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=len(prompts) * GROUP, num_generations=GROUP, max_completion_length=NEW,
             generation_kwargs={"min_new_tokens": NEW}, top_k=0, beta=0.0, max_steps=repeats + 1, learning_rate=1e-9,
-            use_cpu=not model.head.is_cuda, bf16=model.head.is_cuda, gradient_checkpointing=False, save_strategy="no",
-            report_to="none", logging_strategy="no", disable_tqdm=True)
+            use_cpu=model.device.type == "cpu", bf16=model.device.type == "cuda", gradient_checkpointing=False,
+            save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True)
         GRPOTrainer(model=theirs, args=config, processing_class=tokenizer, callbacks=[Clock()],
                     reward_funcs=lambda completion_ids, **_: [sum(ids) % 2 for ids in completion_ids],
                     train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(ids) for ids in prompts]})).train()
@@ -218,7 +236,7 @@ def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int)
         repeated = [shared[r * len(shared) // batch] for r in range(batch)]
         providers = {"nanomrt": ours(model, shared, batch), "nanomrt, alone": ours(model, prompts, batch),
                      "products": products(model, batch), "Hugging Face generate": hugging_face(model, task, repeated)}
-        if model.head.is_cuda:
+        if model.device.type == "cuda":
             static = hugging_face(model, task, repeated, cache_implementation="static")
             providers["Hugging Face generate, static cache, compiled"] = static
             providers["Hugging Face generate_batch"] = continuous_batching(model, task, repeated)
@@ -244,9 +262,9 @@ def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
     """Traces and forced answers of an MRT step with `count` prompts."""
     R, prompts = count * GROUP, random_rows(model, count, PROMPT)
     owner, generator = [r // GROUP for r in range(R)], torch.Generator().manual_seed(3)
-    branches = Branches.of(owner, [PROMPT - 1] * R, [prompts[i][-1:] for i in owner], model.head.device, generator)
+    branches = Branches.of(owner, [PROMPT - 1] * R, [prompts[i][-1:] for i in owner], model.device, generator)
     episodes = torch.randint(1, TRACE // EPISODE + 1, (R,), generator=generator)
-    sampling = Sampling((EPISODE * episodes).to(model.head.device), ())
+    sampling = Sampling((EPISODE * episodes).to(model.device), ())
     traces = lambda: generate(model, prefill(model, prompts), branches, sampling)
     places = [(r, PROMPT + EPISODE * (j + 1)) for r, n in enumerate(episodes.tolist()) for j in range(n)]
     answers = forked(model, traces().segments(), places)
@@ -260,7 +278,10 @@ def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
 def grpo_rows(model: Llama, task: Countdown, count: int, repeats: int) -> list[dict]:
     prompts = random_rows(model, count, PROMPT)
     seconds = medians({"nanomrt": grpo_step(model, prompts)}, repeats, "GRPO step")
-    seconds["TRL GRPOTrainer"] = trl_steps(model, task, prompts, repeats)
+    try:
+        seconds["TRL GRPOTrainer"] = trl_steps(model, task, prompts, repeats)
+    except Exception as problem:  # whatever it dies of
+        print(f"TRL GRPOTrainer: not available: {problem}", file=sys.stderr)
     return [{"case": f"GRPO step of {count * GROUP} rollouts", "provider": name, "seconds": value,
              "tokens_per_second": count * GROUP * NEW / value, "times_nanomrt": value / seconds["nanomrt"]}
             for name, value in seconds.items() if value]
@@ -278,22 +299,27 @@ def main(argv: list[str]) -> Path:
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: everything but the figures")
     parser.add_argument("--repeats", type=int, default=7, help="calls of each provider, of which the median counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file (default: results; a dry run: a temporary one)")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task = Countdown()
     model = small_llama(task, device)
     batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, arguments.repeats)
-    rows = [*decode_rows(model, task, batches, repeats), *fork_rows(model, count, repeats),
-            *step_rows(model, -(-count // 2), repeats), *grpo_rows(model, task, -(-count // 2), repeats)]
+    home = Path(__file__).parents[1] / "results"
+    folder = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if arguments.dry_run else home)
+    folder.mkdir(parents=True, exist_ok=True)
     machine = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
-    path = arguments.out / f"sampler-{machine}.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"rows": rows, "torch": torch.__version__, "commit": commit(), "machine": machine,
-                                "cores": os.cpu_count(), "python": platform.python_version()}, indent=2) + "\n")
-    print(table(rows))
+    path = folder / f"sampler-{machine}.json"
+    found = {"rows": [], "torch": torch.__version__, "commit": commit(), "machine": machine, "cores": os.cpu_count(),
+             "python": platform.python_version()}
+    for part in (partial(decode_rows, model, task, batches, repeats), partial(fork_rows, model, count, repeats),
+                 partial(step_rows, model, -(-count // 2), repeats), partial(grpo_rows, model, task, -(-count // 2), repeats)):
+        found["rows"] += part()
+        write_json(path, found)  # what is measured stays, whatever comes next
+    print(table(found["rows"]))
     return path
 
 

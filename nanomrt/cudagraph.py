@@ -65,7 +65,8 @@ def recording(step: Callable[[], None], device: torch.device) -> Iterator[Record
             yield recorded
     finally:
         outer.wait_stream(mine)  # after an error, too: what is enqueued still uses memory that is given back now
-        recorded.restart()  # the graph goes before its pool
+        recorded.restart()  # the graph goes before its pool,
+        recorded.pool = None  # and the pool now, not when the caller forgets the step
 
 
 the_stream = functools.cache(torch.cuda.Stream)  # one per device, for good: libraries keep a workspace for each

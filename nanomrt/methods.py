@@ -176,7 +176,7 @@ def best_prefixes(model, task, problems, config, generator) -> Gathered:
         if right:
             tokens[r] = rollouts.tokens[r][: position[i]] + right[0]
     kept = written(task, rollouts.problems, rollouts.prompt_id, tokens)
-    batch = kept.batch(model.head.device)
+    batch = kept.batch(model.device)
     return Gathered(kept, batch, None, gathered.trace_tokens, forced.generated, time.perf_counter() - began)
 
 
@@ -186,7 +186,7 @@ def search_traces(model, task, problems, config, generator) -> Gathered:
     owner = [i for i in range(len(problems)) for _ in range(config.group_size)]
     tokens = [task.prompt(problems[i]) + task.warm_trace(problems[i], rng)[0] for i in owner]
     rollouts = written(task, [problems[i] for i in owner], owner, tokens)
-    return Gathered(rollouts, rollouts.batch(model.head.device), None, 0)
+    return Gathered(rollouts, rollouts.batch(model.device), None, 0)
 
 
 def stopping(model: Llama, task, config: RunConfig, generator: torch.Generator) -> Callable:

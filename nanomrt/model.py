@@ -197,6 +197,10 @@ class Llama(nn.Module):
         return self
 
     @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
     def head(self) -> Tensor:
         """(V,C), in the type of the hidden states."""
         return self.lm_head.weight.to(compute_dtype(self.lm_head.weight.device))

@@ -58,7 +58,7 @@ def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seq
     """
     starts = [len(context) - (not given) for context, given in zip(contexts, forced)]
     given = [list(given) or [context[-1]] for context, given in zip(contexts, forced)]
-    return generate(model, prefix, Branches.of(segment, starts, given, model.head.device, generator), sampling, keep=keep)
+    return generate(model, prefix, Branches.of(segment, starts, given, model.device, generator), sampling, keep=keep)
 
 
 def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
@@ -130,13 +130,13 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
     Equal contexts have equal values and are asked once: all rollouts of a prompt share J_0, and many share their first attempt.
     """
     if not row:
-        return Forked(torch.zeros(0, device=model.head.device), [], 0)
+        return Forked(torch.zeros(0, device=model.device), [], 0)
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
     rows = [r for r in asked.values() for _ in range(forks)]
     if not forced:  # training would have cut the whole trace off
         room = [sampling.max_new_tokens - len(c) + rollouts.prompt_length[r] for c, r in asked.items() for _ in range(forks)]
-        sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.head.device).clamp(min=1))
+        sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.device).clamp(min=1))
     samples = branch(model, rollouts.samples.segments(), rows, [context for context in asked for _ in range(forks)],
                      [forced] * len(rows), sampling, generator, keep=False)
     answers = samples.rows()
@@ -144,7 +144,7 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
     own = {context: graded[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
     branches = [own[context] for context in contexts]
     J = [sum(verdict for _, verdict in some) / forks for some in branches]
-    return Forked(torch.tensor(J, device=model.head.device), branches, samples.generated)
+    return Forked(torch.tensor(J, device=model.device), branches, samples.generated)
 
 
 def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:

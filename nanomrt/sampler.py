@@ -22,13 +22,14 @@ V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import kernels
 from nanomrt.cudagraph import recording
-from nanomrt.model import Llama, Packed, compute_dtype, mixed_precision
+from nanomrt.model import Attend, Llama, Packed, compute_dtype, mixed_precision
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
@@ -121,7 +122,7 @@ class Recorder:
 @torch.no_grad()
 def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32768) -> Segments:
     """Cache S token sequences in packed forward passes of at most `max_tokens` (or of one prompt that is longer)."""
-    device, lengths = model.head.device, [len(prompt) for prompt in prompts]
+    device, lengths = model.device, [len(prompt) for prompt in prompts]
     step = torch.arange(max(*lengths, SHORTEST), device=device)  # (L,)
     inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
     keys, values = (new_cache(model, len(prompts), len(step)) for _ in range(2))
@@ -140,14 +141,14 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32
 
 def new_cache(model: Llama, rows: int, length: int) -> Tensor:
     """Zeros (layers,rows,K,length,D): entries that hold nothing are read, too, with weight 0."""
-    config, device = model.config, model.head.device
+    config, device = model.config, model.device
     return torch.zeros(config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim,
                        dtype=compute_dtype(device), device=device)
 
 
 def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
     """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
-    config, device = model.config, model.head.device
+    config, device = model.config, model.device
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prefix.keys.element_size()  # bytes
     free = CPU_BYTES
     if device.type == "cuda":
@@ -190,20 +191,20 @@ class Slots:
         self.read = min(max(-(-self.longest // by) * by, SHORTEST), self.keys.shape[3])
         return self.read != before
 
-    def feed(self, length: Tensor) -> "Slots":
-        """Each row's next token goes to length (n,) in its suffix."""
-        self.length = length
+    def feed(self, length: Tensor) -> Attend:
+        """How each row's next token attends, which goes to length (n,) in its suffix. Nothing of it stays here: a recorded step
+        keeps its tensors in memory that goes with its graph."""
         _, n, K, capacity, _ = self.keys.shape
-        self.place_of_new = (torch.arange(n * K, device=length.device).view(n, K) * capacity + length[:, None]).flatten()
-        return self
+        place_of_new = (torch.arange(n * K, device=length.device).view(n, K) * capacity + length[:, None]).flatten()
+        return partial(self.attend, length, place_of_new)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, length: Tensor, place_of_new: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]  # (n,K,T,D)
         for cache, new in ((keys, k), (values, v)):
-            cache.flatten(0, 2).index_copy_(0, self.place_of_new, new.flatten(0, 1))
+            cache.flatten(0, 2).index_copy_(0, place_of_new, new.flatten(0, 1))
         own = (cache[:, :, : self.read] for cache in (keys, values))
         return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
-                                        self.place, *own, self.length + 1)
+                                        self.place, *own, length + 1)
 
     def turn_over(self, rows: "Rows") -> bool:
         """Finished rows leave. Their slots go to rows that wait; of those that stay free, the last slots' rows take the first.

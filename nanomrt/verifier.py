@@ -45,13 +45,13 @@ class Verifier(Llama):
     @classmethod
     def of(cls, policy: Llama) -> "Verifier":
         """A verifier that starts as the policy."""
-        verifier = cls(policy.config).to(policy.head.device)
+        verifier = cls(policy.config).to(policy.device)
         verifier.load_state_dict(policy.state_dict() | verifier.score.state_dict(prefix="score."))
         return verifier
 
     def logits(self, tokens: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> Tensor:
         """log(v / (1 - v)) after the first `place` tokens of a sequence, for all of its places, sequence after sequence: (n,)."""
-        device, lengths = self.head.device, torch.tensor([len(row) for row in tokens])
+        device, lengths = self.device, torch.tensor([len(row) for row in tokens])
         packed = Packed.of(lengths.to(device))
         hidden = self(torch.tensor([token for row in tokens for token in row], device=device), packed.position_ids, packed)
         starts = (lengths.cumsum(0) - lengths).tolist()
@@ -114,7 +114,7 @@ def cached_verifier(run: Path, policy_folder: Path, policy: Llama, task, config:
 
     `progress` wraps the steps, as tqdm does.
     """
-    folder, device = run / "verifier", policy.head.device
+    folder, device = run / "verifier", policy.device
     trained_on = {"policy": json.loads((policy_folder / "manifest.json").read_text())["model.safetensors"], "steps": steps}
     if checkpoint.damage(folder) is None and json.loads((folder / "trainer.json").read_text()) == trained_on:
         return checkpoint.load_model(folder, device, Verifier)

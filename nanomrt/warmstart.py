@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -37,15 +38,15 @@ STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned sud
 
 def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[float]:
     """Train `model` in place; yields the loss of each step. Problems and traces are those of this stage."""
-    device = model.head.device
+    device = model.device
     rng = random.Random(f"{config.seed}/{stage}")
-    problems = task.problems("train", config.warm_steps * config.warm_batch, f"{config.seed}/{stage}")
+    problems = task.draws("train", f"{config.seed}/{stage}")
     optimizers = warm_optimizers(model, config)
     peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     scale = 1 / (config.warm_batch * task.attempt_tokens * config.trace_max_attempts)  # the constant normaliser
     for step in range(config.warm_steps):
         rows, weights = [], []
-        for problem in problems[step * config.warm_batch : (step + 1) * config.warm_batch]:
+        for problem in islice(problems, config.warm_batch):
             prompt, (response, weight) = task.prompt(problem), task.warm_trace(problem, rng)
             rows.append(prompt + response)
             weights += [0.0] * len(prompt) + weight

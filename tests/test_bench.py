@@ -2,10 +2,13 @@
 
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from kernels import bench
 from kernels import profile as step_profile
@@ -93,7 +96,8 @@ def test_a_failing_provider_is_a_row_with_its_reason():
 
 
 def test_ratio_is_against_the_best_peer():
-    row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "tflops": 4.0}
+    """And the share of the matmul rate counts what was computed: at 4 TFLOP/s half of 8, whatever the task needed."""
+    row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "flops": (ms or 0) * 4e9}
     rows = [row("nanomrt", 2.0), row("nanomrt, one pass", 1.0), row("a", 3.0), row("b", 4.0), row("c", None)]
     rows[1]["gbs"] = 4.0
     bench.compare(rows, 8.0, 16.0)
@@ -146,7 +150,7 @@ def test_out_may_not_be_a_file(tmp_path):
 
 def test_dry_run_of_the_sampler(tmp_path, capsys):
     """Every provider that runs here is a row in the file and on the screen; products are the floor."""
-    path = sampler_bench.main(["--dry-run", "--threads", "1", "--out", str(tmp_path)])
+    path = sampler_bench.main(["--dry-run", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)])
     rows = json.loads(path.read_text())["rows"]
     assert {row["provider"] for row in rows} >= {"nanomrt", "products", "branches of the trace", "traces", "forced answers"}
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
@@ -170,7 +174,28 @@ def test_the_flops_of_a_step():
     C, F, V, H, K, D = 32, 64, 118, 2, 1, 16
     weights = C * H * D + 2 * C * K * D + H * D * C + 3 * C * F + V * C
     assert step_profile.flops(Llama(config), (2,)) == 6 * weights * 2 + 14 * D * H * 3
-    assert step_profile.floor_bytes(config, 1) == 3 * (12 * C + 20 * C + 4 * (H + K) * D + 6 * F)
+    assert step_profile.floor_bytes(config, 1, 7) == 3 * (12 * C + 20 * C + 4 * (H + K) * D + 6 * F) + 12 * 7
+
+
+def test_a_kernel_is_not_counted_beside_its_operation(monkeypatch):
+    """On a GPU the profiler lists both, and both have the kernel's time."""
+    event = lambda key, device: SimpleNamespace(key=key, device_type=device, self_device_time_total=100.0, count=1)
+    events = [event("aten::mul", DeviceType.CPU), event("void at::native::vectorized_kernel", DeviceType.CUDA)]
+    recorded = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(step_profile, "profile", lambda activities: recorded)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert [row["operation"] for row in step_profile.by_operation(lambda: None, "cuda")] == ["aten::mul"]
+
+
+def test_a_peer_that_fails_loses_no_figures(capsys):
+    """It is left out and named; a failure of ours is one."""
+    def fails() -> None:
+        raise RuntimeError("no such op")
+
+    seconds = sampler_bench.medians({"nanomrt": lambda: None, "peer": fails}, 2, "batch 1")
+    assert list(seconds) == ["nanomrt"] and "batch 1, peer: not available: no such op" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no such op"):
+        sampler_bench.medians({"nanomrt, alone": fails}, 2, "batch 1")
 
 
 def test_the_profile_needs_a_gpu(monkeypatch):

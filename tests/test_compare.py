@@ -12,7 +12,7 @@ from nanomrt.config import UserError, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
-        "--num_hidden_layers=1"]
+        "--num_hidden_layers=1", "--device=cpu"]
 
 
 def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[float]]) -> dict:

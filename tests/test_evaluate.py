@@ -43,6 +43,7 @@ class Scripted:
     def __init__(self, task, closes: int, ready: int):
         self.task, self.closes, self.ready = task, closes, ready
         self.head = torch.eye(len(task.tokenizer))  # (V,V)
+        self.device = self.head.device
         words = "( 3 * 7 ) + 4 </answer>".split()
         self.after = dict(zip(words, words[1:])) | {"</think>": "<answer>", "-": "</answer>"}
 

@@ -138,6 +138,10 @@ def test_beams_of_several_problems_do_not_mix(task, model):
     prompts = [task.prompt(problem) for problem in problems]
     assert all(any(row[: len(prompt)] == prompt for prompt in prompts) for rows in judge.asked for row in rows)
     assert (verdict, spent) == beam_search(model, Judge(judge.rule), task, problems, RUN, 2, seeded())
+    greedy = replace(RUN, temperature=1e-6)  # no randomness is left: alone and together a problem has the same beams
+    alone = [beam_search(model, Judge(judge.rule), task, [problem], greedy, 2, seeded()) for problem in problems]
+    assert beam_search(model, Judge(judge.rule), task, problems, greedy, 2, seeded()) == tuple(map(list, zip(
+        *((right[0], tokens[0]) for right, tokens in alone))))
 
 
 # --- The window of a linearised trace ---

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -28,7 +29,7 @@ from nanomrt.run import Run
 from nanomrt.warmstart import STAGES, cached_warm_start, warm_folder
 
 ROOT = Path(__file__).parents[1]
-FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1"]
+FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1", "--device=cpu"]
 CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update", "seconds_cpu", "seconds_total", "tokens_per_second")  # by time
 
 
@@ -254,10 +255,10 @@ def imitated(task) -> tuple[Batch, torch.Tensor]:
     return replace(batch, logprob=torch.randn(batch.logprob.shape, generator=g)), torch.rand(len(batch.tokens), generator=g)
 
 
-def update_gradient(model, batch, advantage, folder, **keys) -> list[torch.Tensor]:
+def update_gradient(model, batch, advantage, folder, ref_logprob=None, **keys) -> list[torch.Tensor]:
     """What `update` leaves in the parameters' .grad, unclipped, with a learning rate of almost 0."""
     config = replace(load_config(ROOT / "config/tiny.py"), **dict(minibatches=1, grad_clip=1e9, learning_rate=1e-12) | keys)
-    train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantage, None, Run(config, folder, "cpu"))
+    train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantage, ref_logprob, Run(config, folder, "cpu"))
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -289,6 +290,70 @@ def test_a_policy_gradient_does_heed_the_recorded_logprobs(model, imitated, tmp_
     batch, advantage = imitated
     sft, grpo = (update_gradient(model, batch, advantage, tmp_path, algorithm=name) for name in ("sft", "grpo"))
     assert not torch.allclose(sft[0], grpo[0], atol=1e-3)
+
+
+# --- Switches: each against the gradient, or the number, that it stands for ---
+
+
+@pytest.fixture
+def on_policy(model, imitated) -> tuple[Batch, torch.Tensor]:
+    """`imitated` with the model's own log-probs: rewards 1, 0, 1, the last two of one problem, the first one cut off."""
+    batch, advantage = imitated
+    batch = replace(batch, reward=torch.tensor([1.0, 0.0, 1.0]), prompt_id=torch.tensor([4, 7, 7]),
+                    finished=torch.tensor([False, True, True]))
+    return replace(batch, logprob=train.rescore(model, batch, load_config(ROOT / "config/tiny.py"))), advantage
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, atol=1e-6, rtol=1e-3) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_pulls_to_the_reference(model, on_policy, tmp_path, estimator):
+    """On policy the gradient of coef · KL is that of -coef · delta · log p, where the reference's log-probs are delta higher."""
+    batch, delta = on_policy
+    pull = update_gradient(model, batch, 0 * delta, tmp_path, ref_logprob=batch.logprob + delta, algorithm="grpo", kl_coef=0.3,
+                           kl_estimator=estimator)
+    assert same(pull, update_gradient(model, batch, 0.3 * delta, tmp_path, algorithm="grpo"))
+
+
+def test_k1_is_a_price_in_the_reward(model, on_policy, monkeypatch):
+    """Each rollout pays coef times its summed log-ratio to the reference."""
+    batch, delta = on_policy
+    config = replace(load_config(ROOT / "config/tiny.py"), kl_coef=0.3, kl_estimator="k1_reward")
+    monkeypatch.setattr(train, "rescore", lambda model, batch, config: batch.logprob - delta)
+    priced, _ = train.with_reference(batch, model, config)
+    sums = torch.stack([part.sum() for part in delta.split(batch.lengths.tolist())])
+    torch.testing.assert_close(priced.reward, batch.reward - 0.3 * sums)
+
+
+def test_skipping_equal_groups_and_masking_cut_off_rollouts_leave_the_others(model, on_policy, tmp_path):
+    """Here both leave out the first rollout: its group has one reward, and it was cut off."""
+    batch, advantage = on_policy
+    rows = torch.tensor([1, 2])
+    others = update_gradient(model, batch.take(rows), advantage[batch.flat(rows)], tmp_path, algorithm="grpo")
+    for switch in ({"equal_groups": "skip"}, {"truncated": "mask"}):
+        assert same(others, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo", **switch))
+    assert not same(others, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo"))
+
+
+@pytest.mark.parametrize("ratio, weight", [(4.0, 2.0), (0.25, 0.25)])
+def test_importance_weights_are_the_trainers_probability_over_the_samplers(out, monkeypatch, ratio, weight):
+    """Up to the cap, and the old log-probs of the loss are then the trainer's."""
+    seen = []
+
+    def stop(model, optimizer, batch, advantage, ref_logprob, run):
+        seen.append((batch, advantage))
+        raise UserError("seen")
+
+    monkeypatch.setattr(train, "update", stop)
+    monkeypatch.setattr(train, "rescore", lambda model, batch, config: batch.logprob + math.log(ratio) * batch.is_action)
+    for cap in ("0", "2"):
+        with pytest.raises(UserError, match="seen"):
+            train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", f"--importance_cap={cap}"])
+    (before, plain), (after, weighted) = seen
+    torch.testing.assert_close(weighted, weight * plain)
+    torch.testing.assert_close(after.logprob, before.logprob + math.log(ratio) * before.is_action)
 
 
 @pytest.mark.parametrize("words, message", [
