@@ -61,6 +61,17 @@ def load_rows(x, row, end, column, ROWS: tl.constexpr, D: tl.constexpr, GUARD: t
 
 
 @triton.jit
+def load_numbers(x, row, end, other, ROWS: tl.constexpr, GUARD: tl.constexpr):
+    """(ROWS,) of x, one number per row; GUARD reads `other` from `end` on."""
+    where = x + row + tl.arange(0, ROWS)  # one address and offsets; x + (row + …) would keep ROWS addresses in registers
+    if GUARD:
+        tile = tl.load(where, mask=row + tl.arange(0, ROWS) < end, other=other)
+    else:
+        tile = tl.load(where)
+    return tile
+
+
+@triton.jit
 def store_rows(pointer, stride, row, end, column, tile, ROWS: tl.constexpr, D: tl.constexpr):
     rows = row + tl.arange(0, ROWS)
     where = pointer + rows[:, None].to(tl.int64) * stride + (column + tl.arange(0, D))[None, :]
@@ -151,18 +162,14 @@ def dq_kernel(q, k, v, k_desc, v_desc, out, grad, lse, delta, dq, cu_seqlens, q_
 def add_dkdv(dk, dv, k, v, q, grad, lse, delta, first, query, end, column, scale, BM: tl.constexpr, BN: tl.constexpr,
              D: tl.constexpr, EDGE: tl.constexpr):
     """What one tile of queries adds to the dK and dV of a tile of keys. Scores stand transposed here: (BN,BM)."""
-    queries = query + tl.arange(0, BM)
     tile_q = load_rows(q, query, end, column, BM, D, EDGE)
     tile_grad = load_rows(grad, query, end, column, BM, D, EDGE)
-    if EDGE:
-        tile_lse = tl.load(lse + queries, mask=queries < end, other=float("inf"))  # past the end: p = 0
-        tile_delta = tl.load(delta + queries, mask=queries < end, other=0.0)
-    else:
-        tile_lse, tile_delta = tl.load(lse + queries), tl.load(delta + queries)
+    tile_lse = load_numbers(lse, query, end, float("inf"), BM, EDGE)  # past the end: p = 0
     p = tl.exp2(tl.dot(k, tile_q.T, input_precision="ieee") * scale - tile_lse[None, :])  # (BN,BM)
     if EDGE:
-        p = tl.where((first + tl.arange(0, BN))[:, None] <= queries[None, :], p, 0.0)
+        p = tl.where((first + tl.arange(0, BN))[:, None] <= (query + tl.arange(0, BM))[None, :], p, 0.0)
     dv = tl.dot(p.to(tile_grad.dtype), tile_grad, dv, input_precision="ieee")  # (7)
+    tile_delta = load_numbers(delta, query, end, 0.0, BM, EDGE)  # late: p needs the registers until here
     ds = p * (tl.dot(v, tile_grad.T, input_precision="ieee") - tile_delta[None, :])  # (5)
     dk = tl.dot(ds.to(tile_q.dtype), tile_q, dk, input_precision="ieee")  # (8)
     return dk, dv
@@ -226,10 +233,12 @@ TILES = {
     "fp32": {  # exact products on the ordinary cores: for checks, not for speed. dq of head dim 256 spills in any tile
         "forward": {16: (64, 32, 8, 1), 32: (64, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "dq": {16: (32, 16, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 2), 64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
-TILES["blackwell"] = {**TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 128: (32, 64, 8, 2)}}  # sm_100: the wide one spills
+TILES["blackwell"] = {  # sm_100: these two of the wide ones spill
+    **TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 16: (64, 128, 8, 3), 128: (32, 64, 8, 2)},
+}
 
 
 @cache

@@ -141,7 +141,8 @@ def dz_kernel(hidden, weight, h_desc, w_desc, targets, lse, entropy, g, e, dz, s
         z = logits_tile((hidden, h_stride, h_desc), (weight, w_stride, w_desc), row, token, N, V, C, scale, BM, BV, BK)
     else:
         z = tl.load(stored + rows[:, None].to(tl.int64) * z_stride + tokens[None, :], mask=inside, other=0.0).to(tl.float32)
-    target, row_lse = tl.load(targets + rows, mask=real, other=-1), tl.load(lse + rows, mask=real, other=0.0)
+    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)  # as tokens are, or each of them would widen
+    row_lse = tl.load(lse + rows, mask=real, other=0.0)
     row_g, row_e = tl.load(g + rows, mask=real, other=0.0), tl.load(e + rows, mask=real, other=0.0)
     row_entropy = tl.load(entropy + rows, mask=real, other=0.0)
     log2_p = z - row_lse[:, None]
