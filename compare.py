@@ -162,9 +162,11 @@ def run_job(job: Job) -> None:
     words = [str(job.config_path), *(f"--{name}={value}" for name, value in job.overrides.items())]
     job.run.parent.mkdir(parents=True, exist_ok=True)
     begun, threads = job.run / "config.json", job.config.threads
-    if begun.is_file() and read_config(begun).threads != threads:
-        raise UserError(f"{job.run} wasn't trained with threads={threads}, and its CPU time can't be compared with that of "
-                        "runs that are: train all of them elsewhere, with --out_dir=out/compare")
+    try:
+        if begun.is_file() and read_config(begun).threads != threads:
+            raise ValueError(f"it wasn't trained with threads={threads}, so its CPU time can't be compared")
+    except ValueError as error:
+        raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
     if not (job.run / "summary.json").is_file():
         with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
             code = train.main(words + ["--resume"] * begun.is_file())

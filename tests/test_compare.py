@@ -139,6 +139,9 @@ def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
     save_config(replace(job.config, threads=2), job.run / "config.json")
     with pytest.raises(UserError, match="wasn't trained with threads=1.*--out_dir"):
         compare.run_job(job)
+    (job.run / "config.json").write_text('{"alhpa": 1}')  # another version's
+    with pytest.raises(UserError, match="unknown key 'alhpa'.*--out_dir"):
+        compare.run_job(job)
 
 
 def test_a_whole_comparison(tmp_path, monkeypatch):
