@@ -10,7 +10,7 @@ import torch
 
 from data.countdown import Countdown
 from nanomrt import checkpoint, influence
-from nanomrt.config import RunConfig, UserError, save_config
+from nanomrt.config import RunConfig, UserError, read_config, save_config
 from nanomrt.methods import Gathered
 from nanomrt.model import Llama
 from nanomrt.mrt import episodes_between
@@ -139,6 +139,16 @@ def test_the_command_shows_every_credit_for_both_decisions(run, monkeypatch, cap
     assert influence.main([str(run), "--problems", "6", "--algorithms", "grpo,length_penalty+length_penalty=1"]) == 0
     text = capsys.readouterr().out
     assert "24 rollouts" in text and text.count("| grpo |") == text.count("| length_penalty+length_penalty=1 |") == 2
+
+
+def test_a_run_with_a_key_that_only_its_own_credit_has_can_be_asked(run, monkeypatch, capsys):
+    """J is asked for with a method that hasn't J_discount; so hasn't grpo."""
+    monkeypatch.setattr(Countdown, "grade", lambda task, problem, response: float(zlib.crc32(response.encode()) % 2))
+    save_config(replace(read_config(run / "config.json"), J_discount=0.9), run / "config.json")
+    words = [str(run), "--problems", "6", "--algorithms"]
+    assert influence.main([*words, "mrt_online,grpo+J_discount=1"]) == 0 and "| mrt_online |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="J_discount belongs to"):
+        influence.main([*words, "grpo"])
 
 
 @pytest.mark.parametrize("words, says", [
