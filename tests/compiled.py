@@ -112,8 +112,9 @@ def attend(N: int, D: int, dtype: torch.dtype = HALF) -> None:
 
 
 @pytest.mark.parametrize("arch, dtype, D", [
-    *((arch, HALF, D) for arch in SHARED for D in (16, 32, 64, 128, 256)),
-    *((80, torch.float32, D) for D in (16, 32, 64, 128)),
+    *((arch, HALF, D) for arch in SHARED for D in (64, 128, 256)),
+    (100, HALF, 16),  # the other tiles of 16 and 32 are those of 64 and have less to hold
+    *((80, torch.float32, D) for D in (32, 64)),
 ], ids=str)
 def test_attention(arch, dtype, D, launches, tmp_path):
     """Forward, dQ, dK and dV."""

@@ -334,7 +334,7 @@ def test_what_follows_an_attempt_of_ones_own(model, task, asked):
 
 def test_what_nobody_sampled_lies_where_the_model_is(task):
     """The batch of written traces, and J of no place at all; "meta" stands for any device but the default."""
-    elsewhere = SimpleNamespace(head=torch.empty(1, device="meta"))
+    elsewhere = SimpleNamespace(device="meta")
     batch = gather(elsewhere, task, settings("sft")).batch
     assert {x.device.type for x in vars(batch).values()} == {"meta"}
     assert force_answers(elsewhere, task, None, [], [], 1, 0.0, None).J.device.type == "meta"
@@ -375,7 +375,7 @@ def test_written_traces_are_learned_as_a_whole(model, task):
 
 def test_search_traces_are_the_warm_starts(task, asked):
     """`group_size` different traces of each problem, flaws included, that nobody sampled: no token, no log-prob, no model."""
-    task, nobody = Countdown(backtrack=0.5), SimpleNamespace(head=torch.empty(1))
+    task, nobody = Countdown(backtrack=0.5), SimpleNamespace(device="cpu")
     gathered = gather(nobody, task, settings("sft"))
     assert not asked and gathered.trace_tokens == gathered.fork_tokens == 0 and gathered.episodes is None
     assert not gathered.batch.logprob.any() and gathered.batch.finished.all() and 0 < gathered.batch.reward.mean() < 1

@@ -27,7 +27,7 @@ from nanomrt.mrt import (
 
 V, T, G = 3, 3, 2
 SEQUENCES = torch.tensor(list(product(range(V), repeat=T)))  # (27,3)
-PLAIN = dict(gamma=0.0, J_discount=1.0, advantage_norm="mean", progress_norm="none")
+PLAIN = dict(gamma=0.0, J_discount=1.0, advantage_norm="mean", progress_norm="none", repeat_penalty=0.0)
 
 
 def advantages(batch, episodes, **options):
@@ -317,7 +317,8 @@ def test_arguments_are_not_written_to():
     batch = make_batch([5, 6], [1, 0], [0, 0])
     episodes = make_episodes(batch, [[3, 5], [4]], [[0.0, 0.5, 1.0], [0.0, 0.25]])
     before = [x.clone() for x in (*vars(batch).values(), *vars(episodes).values())]
-    advantages(batch, episodes, alpha=1.0, gamma=0.5, J_discount=0.9, advantage_norm="mean_std", progress_norm="mean_std")
+    advantages(batch, episodes, alpha=1.0, gamma=0.5, J_discount=0.9, advantage_norm="mean_std", progress_norm="mean_std",
+               repeat_penalty=0.5, used=1)
     token_weights(batch, "sequence", 8, "mask")
     after = [*vars(batch).values(), *vars(episodes).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
