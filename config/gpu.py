@@ -4,7 +4,7 @@
 numbers, used, number_max = 4, 4, 20
 target_min, target_max, max_value = 10, 100, 400
 operators = "+-*/"
-max_solutions = 24            # of 441 chains on average: search takes tens of attempts
+max_solutions = 24            # of about 430 chains: search takes tens of attempts
 ood_target_min = 80
 ood_max_solutions = 8
 

@@ -11,7 +11,7 @@ try:
     from kernels.decode import branch_attention as fused_branch_attention
     from kernels.logprob import token_logprobs as fused_token_logprobs
 except ImportError as problem:  # no Triton for this platform, or one that is too old
-    def without_triton(*_, reason: ImportError = problem):
+    def without_triton(*_, reason: ImportError = problem):  # a default: the name `problem` ends with this block
         raise ImportError("on a CUDA device the kernels need Triton: pip install 'triton>=3.6'") from reason
 
     fused_attention = fused_branch_attention = fused_token_logprobs = without_triton

@@ -98,7 +98,7 @@ class RunConfig:
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
     J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before")
-    repeat_penalty: float = key(0.0, "A of an attempt's worth of tokens that its rollout has written before: minus this; 0: off")
+    repeat_penalty: float = key(0.0, "what an attempt that its rollout has written before costs each of its tokens; 0: off")
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")

@@ -145,14 +145,33 @@ def spread(batch: Batch, episodes: Episodes, credit: Tensor) -> Tensor:
     return torch.where(inside, credit[which], 0.0)
 
 
+def repeated(batch: Batch, n: int) -> Tensor:
+    """(N,) bool: the tokens of every n-gram of actions that stands earlier in the same rollout, too.
+
+    >>> once = Batch(torch.tensor([5, 6, 7, 5, 6]), torch.tensor([5]), torch.ones(5) > 0, *[None] * 4)
+    >>> repeated(once, n=2)
+    tensor([False, False, False,  True,  True])
+    """
+    N = len(batch.tokens)
+    begin = torch.arange(max(N - n + 1, 0), device=batch.tokens.device)  # every place where n tokens follow
+    within = batch.row[begin] == batch.row[begin + n - 1]
+    begin = begin[within & batch.is_action.unfold(0, n, 1).all(1)] if len(begin) else begin  # (M,)
+    span = begin[:, None] + torch.arange(n, device=begin.device)  # (M,n)
+    _, gram = torch.cat([batch.row[begin, None], batch.tokens[span]], 1).unique(dim=0, return_inverse=True)  # (M,) which it is
+    first = torch.full_like(begin, N).scatter_reduce(0, gram, begin, "amin")[gram]  # (M,) where it stands first
+    again = torch.zeros_like(batch.is_action)
+    again[span[begin > first]] = True
+    return again
+
+
 # --- Credit: a method's A for every token, (N,), 0 where the policy did not act ---
 
 
 def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`.
 
-    With `repeat_penalty`, minus a price on every token of an attempt's length that its rollout wrote before, word for word: the
-    penalty on repeated n-grams of Yeo et al., arXiv 2502.03373.
+    With `repeat_penalty`, minus that for every token of an attempt that the same rollout has written before, word for word: the
+    penalty on repeated n-grams of Yeo et al., arXiv 2502.03373, n being the length of an attempt.
     """
     advantage = group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row]  # (N,)
     if config.repeat_penalty:
@@ -241,25 +260,6 @@ def imitation_credit(batch: Batch, episodes: Episodes | None, config: RunConfig)
 def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """Supervised learning of everything: A = 1."""
     return batch.is_action.float()
-
-
-def repeated(batch: Batch, n: int) -> Tensor:
-    """(N,) bool: the tokens of every n-gram of actions that stands earlier in the same rollout, too.
-
-    >>> once = Batch(torch.tensor([5, 6, 7, 5, 6]), torch.tensor([5]), torch.ones(5) > 0, *[None] * 4)
-    >>> repeated(once, n=2)
-    tensor([False, False, False,  True,  True])
-    """
-    N = len(batch.tokens)
-    begin = torch.arange(max(N - n + 1, 0), device=batch.tokens.device)  # every place where n tokens follow
-    within = batch.row[begin] == batch.row[begin + n - 1]
-    begin = begin[within & batch.is_action.unfold(0, n, 1).all(1)] if len(begin) else begin  # (M,)
-    span = begin[:, None] + torch.arange(n, device=begin.device)  # (M,n)
-    _, gram = torch.cat([batch.row[begin, None], batch.tokens[span]], 1).unique(dim=0, return_inverse=True)  # (M,) which it is
-    first = torch.full_like(begin, N).scatter_reduce(0, gram, begin, "amin")[gram]  # (M,) where it stands first
-    again = torch.zeros_like(batch.is_action)
-    again[span[begin > first]] = True
-    return again
 
 
 # --- Loss ---

@@ -582,14 +582,14 @@ def test_learning_is_that_of_a_cpu():
 def runs(tmp_path_factory) -> list[str]:
     """The words of a short run in a folder where all of them share their warm start."""
     return [str(TINY), f"--device={DEVICE}", "--warm_steps=20", "--steps=2", "--save_every=1", "--eval_problems=4",
-            f"--out_dir={tmp_path_factory.mktemp('runs')}"]
+            "--max_position_embeddings=256", f"--out_dir={tmp_path_factory.mktemp('runs')}"]
 
 
 @pytest.mark.parametrize("words", [[f"--algorithm={name}"] for name in ALGORITHMS] + [
     ["--kl_coef=0.1"], ["--importance_cap=2"], ["--repeat_penalty=0.5"], ["--forks=4", "--fork_temperature=1"]], ids=str)
 def test_every_method_trains(runs, words):
     """From rollouts to the evaluation of the trained policy; sampler and trainer agree as far as bf16 does."""
-    words = [*runs, *words, "--max_position_embeddings=256"]
+    words = [*runs, *words]
     config, folder, _ = read_command_line(words)
     assert train.main(words) == 0
     rows = read_jsonl(folder / "metrics.jsonl")[1:]

@@ -1,6 +1,9 @@
 """The reference kernels against loops and closed forms in fp64. The Triton twins must agree with the reference."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +301,20 @@ def test_a_target_outside_the_vocabulary_is_an_error(target):
     targets[3] = target
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         token_logprobs(hidden, weight, targets, 1.0)
+
+
+def test_without_triton_a_cpu_computes_and_a_cuda_tensor_is_an_error():
+    """Not the slow reference, silently. In a process of its own, where Triton can't be imported."""
+    code = """import sys
+sys.modules["triton"] = None
+import torch, kernels
+q = torch.ones(2, 1, 4)
+assert torch.equal(kernels.attention(q, q, q, torch.tensor([0, 2]), 2), q)
+for fused in (kernels.fused_attention, kernels.fused_branch_attention, kernels.fused_token_logprobs):
+    try:
+        fused(q)
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["on a CUDA device the kernels need Triton: pip install 'triton>=3.6'"] * 3

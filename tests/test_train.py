@@ -196,7 +196,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(out):
     process.stdout.close()
 
 
-def test_after_training_ctrl_c_is_what_it_was(finished, monkeypatch, tmp_path):
+def test_ctrl_c_before_training_is_one_line(tmp_path):
+    """There is nothing to save yet."""
+    command = [sys.executable, "train.py", "config/tiny.py", f"--out_dir={tmp_path}", "--device=cpu", "--warm_steps=100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert "no GPU in use" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and errors.endswith("stopped; --resume goes on with a run that has begun\n")
+    assert "Traceback" not in errors
+
+
+def test_after_training_ctrl_c_is_what_it_was(finished, tmp_path):
     """While a run trains, the first Ctrl-C waits for the step's end; once it is over nothing waits any more."""
     run, before = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu"), signal.getsignal(signal.SIGINT)
     model = checkpoint.load_model(finished / "checkpoints/step-000004", "cpu")
