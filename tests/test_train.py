@@ -375,15 +375,24 @@ def test_importance_weights_are_the_trainers_probability_over_the_samplers(out, 
     (["config/missing.py"], "no config file"),
     (["config/tiny.py", "--resume"], "nothing to resume"),
     (["config/tiny.py", "--init_from=nowhere"], "no checkpoint folder"),
-    (["--resume"], "which config? usage: python train.py config/small.py"),
-    (["config/tiny.py", "--operators=%"], "must be some of"),
-    (["config/tiny.py", "--ood_target_min=61"], "no ood problem in 20,000 draws"),  # before any training, not after all of it
 ])
 def test_mistakes_are_one_line_that_names_the_fix(tmp_path, words, message):
     command = [sys.executable, "train.py", *words, f"--out_dir={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--resume"], "which config.* usage: python train.py config/small.py"),
+    ([str(ROOT / "config/tiny.py"), "--operators=%"], "must be some of"),
+    ([str(ROOT / "config/tiny.py"), "--ood_target_min=61"], "no ood problem in 20,000 draws"),
+])
+def test_an_impossible_run_ends_before_any_work(tmp_path, words, message):
+    """And not when all of it is done."""
+    with pytest.raises(UserError, match=message):
+        train.main([*words, f"--out_dir={tmp_path}", "--device=cpu"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_run_is_not_overwritten(finished):
@@ -425,4 +434,4 @@ def test_a_stage_is_kept_for_who_needs_it(out, monkeypatch):
 
 def test_a_failed_gate_stops_before_rl(out):
     with pytest.raises(UserError, match="raise warm_steps.*--force"):
-        train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", "--gate_result=1.0"])
+        train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", "--gate_result=1.0", "--warm_steps=2"])
