@@ -82,21 +82,23 @@ def solve(numbers: tuple[int, ...], used: int, operators: str, max_value: int) -
     chains: dict[int, list[Chain]] = {}
     for chosen in sorted(set(permutations(numbers, used))):
         for ops in product(operators, repeat=used - 1):
-            results, value = [], Fraction(chosen[0])
+            results, value = [], chosen[0]
             for op, number in zip(ops, chosen[1:]):
                 value = _apply(op, value, number)
                 if value is None or value.denominator != 1 or not 1 <= value <= max_value:
                     break
-                results.append(int(value))
+                value = int(value)  # whole so far: integers are many times faster than fractions
+                results.append(value)
             else:
                 chains.setdefault(results[-1], []).append(Chain(chosen, ops, tuple(results)))
     return chains
 
 
-def _apply(op: str, a: Fraction, b: int | Fraction) -> Fraction | None:
+def _apply(op: str, a: int | Fraction, b: int | Fraction) -> int | Fraction | None:
+    """a op b, exactly; None for a division by 0."""
     if op == "/":
-        return a / b if b else None
-    return {"+": a + b, "-": a - b, "*": a * b}[op]
+        return Fraction(a, b) if b else None
+    return a + b if op == "+" else a - b if op == "-" else a * b
 
 
 # --- The grader: text in, verdict out, nothing evaluated ---

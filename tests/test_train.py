@@ -400,6 +400,24 @@ def test_an_existing_run_is_not_overwritten(finished):
         train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={finished.parent}"])
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)], ids=str)
+@pytest.mark.parametrize("capability, least, most", [("AVX2", 0, 1e-5), ("AVX512", 1e-3, 0.1)])
+def test_muon_multiplies_in_bf16_only_where_a_cpu_can(monkeypatch, shape, capability, least, most):
+    """PyTorch's first step against five Newton-Schulz iterations in float64: off by fp32's rounding, or by bf16's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with warmstart.muon_precision(torch.device("cpu")):
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0).step()
+    X = weight.grad.double() / weight.grad.double().norm()
+    for _ in range(5):
+        S = X @ X.T
+        X = 3.4445 * X + (-4.775 * S + 2.0315 * S @ S) @ X
+    expected = -X * max(1, shape[0] / shape[1]) ** 0.5
+    off = (weight.detach() - expected).abs().max().item()
+    assert least < off < most
+
+
 @pytest.mark.parametrize("measured, stages, ready", [((1.0,), 1, True), ((0.0, 1.0), 2, True), ((0.0, 0.0), 2, False)], ids=str)
 def test_who_fails_a_gate_gets_a_second_stage(out, monkeypatch, measured, stages, ready):
     """And who fails again gets none: the advice says what to do. Each stage is kept."""
