@@ -1,0 +1,12 @@
+# Another task for the same comparison: two of four numbers, one operation. Attempts are short, so what makes a good one can be
+# learned within a run; with three numbers a policy learns mostly when to stop.
+
+base = "study.py"
+numbers, used, number_max = 4, 2, 16
+target_min, target_max = 3, 60
+max_solutions = 2             # both orders of one sum or product; targets from 45 on are never trained on
+trace_max_attempts = 14
+thinking_budget = 84          # 14 attempts of 6 tokens
+eval_budget = 112
+steps = 100                   # a step costs half of one with three numbers
+save_every = 20
