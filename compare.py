@@ -20,12 +20,13 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,8 @@ def run_all(jobs: list[Job], processes: int) -> None:
     processes = processes or (os.cpu_count() if choose_device(jobs[0].config) == "cpu" else 1)
     first = {shared_start(job): job for job in jobs}  # any job that begins there knows how to make it
     steps = sum(job.config.steps for job in jobs)
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool, tqdm(total=steps, unit="step", desc="all runs") as bar:
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent)
+    with pool, tqdm(total=steps, unit="step", desc="all runs") as bar:
         waiting = {pool.submit(warm_start, job): [other for other in jobs if shared_start(other) == start]
                    for start, job in first.items()}
         running = dict.fromkeys(waiting)
@@ -138,6 +140,17 @@ def run_all(jobs: list[Job], processes: int) -> None:
                 running |= dict.fromkeys(pool.submit(run_job, job) for job in waiting.pop(future, ()))
             bar.update(sum(steps_done(job) for job in jobs) - bar.n)
             time.sleep(1)
+
+
+def end_with_parent() -> None:
+    """This process ends when the one that started it has. Else the runs of a killed comparison would go on, beside the same ones
+    that the next comparison resumes. A run that is killed goes on from its last checkpoint."""
+
+    def wait() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def steps_done(job: Job) -> int:

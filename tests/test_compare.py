@@ -1,6 +1,9 @@
 """compare.py: arms and jobs, values between checkpoints, intervals, tables, and one whole comparison of tiny runs."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +145,31 @@ def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
     (job.run / "config.json").write_text('{"alhpa": 1}')  # another version's
     with pytest.raises(UserError, match="unknown key 'alhpa'.*--out_dir"):
         compare.run_job(job)
+
+
+KILLED = """
+import compare, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+def work():
+    print("running", flush=True)
+    time.sleep(60)
+    print("still running", flush=True)
+
+if __name__ == "__main__":
+    ProcessPoolExecutor(1, get_context("spawn"), compare.end_with_parent).submit(work).result()
+"""
+
+
+def test_the_runs_of_a_killed_comparison_end(tmp_path):
+    """Whoever would go on would write beside the run that the next comparison resumes."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(Path(compare.__file__).parent)})
+    assert killed.stdout.readline() == "running\n"
+    killed.kill()
+    assert killed.stdout.read() == "" and killed.wait()  # the pipe is closed: nobody is left who could write
 
 
 def test_a_whole_comparison(tmp_path, monkeypatch):

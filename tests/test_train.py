@@ -199,7 +199,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(out):
 def test_ctrl_c_before_training_is_one_line(tmp_path):
     """There is nothing to save yet."""
     command = [sys.executable, "train.py", "config/tiny.py", f"--out_dir={tmp_path}", "--device=cpu", "--warm_steps=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # who runs the tests in the background ignores Ctrl-C
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen,
                                env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert "no GPU in use" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -368,28 +369,25 @@ def test_importance_weights_are_the_trainers_probability_over_the_samplers(out, 
     torch.testing.assert_close(after.logprob, before.logprob + math.log(ratio) * before.is_action)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["config/tiny.py", "--group_size=1"], "group_size"),
-    (["config/tiny.py", "--thinking_budget=500"], "max_position_embeddings"),
-    (["config/tiny.py", "--alhpa=1"], "did you mean 'alpha'"),
-    (["config/missing.py"], "no config file"),
-    (["config/tiny.py", "--resume"], "nothing to resume"),
-    (["config/tiny.py", "--init_from=nowhere"], "no checkpoint folder"),
-])
-def test_mistakes_are_one_line_that_names_the_fix(tmp_path, words, message):
-    command = [sys.executable, "train.py", *words, f"--out_dir={tmp_path}"]
+def test_a_mistake_is_one_line_that_names_the_fix(tmp_path):
+    command = [sys.executable, "train.py", "config/tiny.py", "--alhpa=1", f"--out_dir={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "did you mean 'alpha'" in result.stderr
 
 
 @pytest.mark.parametrize("words, message", [
     (["--resume"], "which config.* usage: python train.py config/small.py"),
-    ([str(ROOT / "config/tiny.py"), "--operators=%"], "must be some of"),
-    ([str(ROOT / "config/tiny.py"), "--ood_target_min=61"], "no ood problem in 20,000 draws"),
+    (["config/missing.py"], "no config file"),
+    (["config/tiny.py", "--group_size=1"], "group_size"),
+    (["config/tiny.py", "--thinking_budget=500"], "max_position_embeddings"),
+    (["config/tiny.py", "--resume"], "nothing to resume"),
+    (["config/tiny.py", "--init_from=nowhere"], "no checkpoint folder"),
+    (["config/tiny.py", "--operators=%"], "must be some of"),
+    (["config/tiny.py", "--ood_target_min=61"], "no ood problem in 20,000 draws"),
 ])
-def test_an_impossible_run_ends_before_any_work(tmp_path, words, message):
+def test_an_impossible_run_ends_before_any_work(tmp_path, monkeypatch, words, message):
     """And not when all of it is done."""
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         train.main([*words, f"--out_dir={tmp_path}", "--device=cpu"])
     assert not list(tmp_path.iterdir())
