@@ -273,8 +273,7 @@ class Countdown:
             weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1 - kept) + [1.0]
         answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
-        ids = self.tokenizer.encode(" ".join(words + ending))
-        return ids, weights + [1.0] * len(ending)
+        return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
 
     def back_from(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int]:
         """Another way on from a running result of a failed attempt, one that reaches the target if there is any, and how many

@@ -51,8 +51,9 @@ def muon_precision(device: torch.device) -> AbstractContextManager:
 STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned suddenly, and who fails a gate gets a second stage
 
 
-def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[float]:
-    """Train `model` in place; yields the loss of each step. Problems and traces are those of this stage."""
+def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[torch.Tensor]:
+    """Train `model` in place; yields the loss of each step, (). Problems and traces are those of this stage. Whoever reads a loss
+    waits for the device, which else works while the next traces are written."""
     device = model.device
     rng = random.Random(f"{config.seed}/{stage}")
     problems = task.draws("train", f"{config.seed}/{stage}")
@@ -84,7 +85,7 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
         with muon_precision(device):
             for optimizer in optimizers:
                 optimizer.step()
-        yield float(loss.detach())
+        yield loss.detach()
 
 
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
@@ -145,7 +146,8 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
         else:
             with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
                 for loss in warm_start(model, task, config, stage):
-                    bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                    if bar.n % 10 == 0:
+                        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                     bar.update()
             checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
         failed = failed_gates(model, task, config)
