@@ -135,12 +135,14 @@ def with_reference(batch: Batch, reference: Llama | None, config: RunConfig) -> 
 
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
            run: Run) -> dict[str, float]:
-    """One pass over the batch in `minibatches` optimiser steps; returns what the loss's own tensors say about it."""
-    config, seen = run.config, defaultdict(float)
-    order = torch.randperm(len(batch.lengths), generator=generator_for(config.seed, "update", run.step)).to(batch.lengths.device)
-    if config.equal_groups == "skip" and in_mixed_group(batch).any():  # if all are equal, only progress can teach anything
-        order = order[in_mixed_group(batch)[order]]
-    parts = order.chunk(config.minibatches)  # fewer if few rows are left
+    """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what the loss's own tensors say about it."""
+    config, seen, parts = run.config, defaultdict(float), []
+    shuffle = generator_for(config.seed, "update", run.step)
+    for _ in range(config.epochs):
+        order = torch.randperm(len(batch.lengths), generator=shuffle).to(batch.lengths.device)
+        if config.equal_groups == "skip" and in_mixed_group(batch).any():  # if all are equal, only progress can teach anything
+            order = order[in_mixed_group(batch)[order]]
+        parts += order.chunk(config.minibatches)  # fewer if few rows are left
     for index, rows in enumerate(parts):
         minibatch, place = batch.take(rows), batch.flat(rows)
         weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)
@@ -171,7 +173,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
         seen["grad_norm"] += norm / len(parts)
         if run.accept_gradient(norm):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, run.step * config.minibatches + index)
+                group["lr"] = learning_rate(config, run.step * config.epochs * config.minibatches + index)
             optimizer.step()
     tokens = int(seen.pop("tokens"))
     run.ledger["update"] += tokens
@@ -182,7 +184,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
 def learning_rate(config: RunConfig, done: int) -> float:
     """Of the optimiser step after `done` others: a linear rise, and a linear fall to `learning_rate_end` at the run's end."""
     rise = min(1.0, (done + 1) / max(config.warmup_steps, 1))
-    fall = 1 - (1 - config.learning_rate_end) * done / (config.steps * config.minibatches)
+    fall = 1 - (1 - config.learning_rate_end) * done / (config.steps * config.epochs * config.minibatches)
     return config.learning_rate * rise * fall
 
 

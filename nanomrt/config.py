@@ -119,7 +119,8 @@ class RunConfig:
     warmup_steps: int = key(10, "optimiser steps of linear warm-up")
     weight_decay: float = key(0.0, "decoupled weight decay")
     grad_clip: float = key(1.0, "largest gradient norm")
-    minibatches: int = key(2, "optimiser steps per batch of rollouts")
+    epochs: int = key(1, "passes over a batch of rollouts; after the first the clip has something to do")
+    minibatches: int = key(2, "optimiser steps per pass")
     micro_batch_tokens: int = key(8192, "tokens per forward and backward pass; changes memory, not the result")
 
     # evaluation (evaluate.py)
@@ -131,8 +132,8 @@ class RunConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        if min(self.minibatches, self.num_key_value_heads) < 1:
-            raise ValueError("minibatches and num_key_value_heads must be at least 1")
+        if min(self.epochs, self.minibatches, self.num_key_value_heads) < 1:
+            raise ValueError("epochs, minibatches and num_key_value_heads must be at least 1")
         prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
         twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
         thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, 3 * self.used * self.trace_max_attempts)

@@ -150,8 +150,8 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--num_attention_heads=3", "num_attention_heads must be a multiple of num_key_value_heads"),
     ("", "--num_key_value_heads=0", "num_key_value_heads"),
     *[("", f"--{name}=0", "must be at least 1") for name in (
-        "steps", "forks", "prompts_per_step", "minibatches", "save_every", "sample_every", "warm_batch", "eval_problems",
-        "eval_samples")],
+        "steps", "forks", "prompts_per_step", "epochs", "minibatches", "save_every", "sample_every", "warm_batch",
+        "eval_problems", "eval_samples")],
     *[("", f"--{name}=nonsense", f"{name}='nonsense' must be one of: {', '.join(CHOICES[name])}") for name in CHOICES],
 ])
 def test_mistakes_are_errors_that_name_the_fix(tmp_path, text, arguments, message):

@@ -241,7 +241,7 @@ def test_non_finite_gradients_are_skipped_and_three_in_a_row_stop(tmp_path):
 
 def test_learning_rate_rises_and_falls():
     """Linear over the warm-up, then a straight line to learning_rate_end at the end of the run; 1 keeps it constant."""
-    keys = {"steps": "10", "minibatches": "2", "warmup_steps": "4", "learning_rate": "0.8"}
+    keys = {"steps": "5", "epochs": "2", "minibatches": "2", "warmup_steps": "4", "learning_rate": "0.8"}
     config = load_config(ROOT / "config/tiny.py", keys)
     rates = [train.learning_rate(config, done) for done in range(20)]
     assert rates == pytest.approx([0.8 * min(1, (done + 1) / 4) * (20 - done) / 20 for done in range(20)])
@@ -249,6 +249,22 @@ def test_learning_rate_rises_and_falls():
     assert train.learning_rate(half, 19) == pytest.approx(0.8 * (1 - 0.5 * 19 / 20))
     constant = replace(config, learning_rate_end=1.0, warmup_steps=0)
     assert [train.learning_rate(constant, done) for done in range(20)] == [0.8] * 20
+
+
+def test_every_pass_sees_every_rollout_once(model, imitated, tmp_path, monkeypatch):
+    """3 passes in 2 steps each: 6 steps of the schedule, three times the tokens, and only the first pass is on policy."""
+    batch, advantage = imitated
+    config = replace(load_config(ROOT / "config/tiny.py"), epochs=3, minibatches=2, warmup_steps=0, learning_rate=0.1)
+    run, optimizer, rates, ratios = Run(config, tmp_path, "cpu"), torch.optim.SGD(model.parameters()), [], []
+    clipped_loss = train.clipped_loss
+    monkeypatch.setattr(optimizer, "step", lambda step=optimizer.step: rates.append(optimizer.param_groups[0]["lr"]) or step())
+    monkeypatch.setattr(train, "clipped_loss", lambda logprob, old, *rest: ratios.append((logprob - old).abs().max().item()) or
+                        clipped_loss(logprob, old, *rest))
+    on_policy = replace(batch, logprob=train.rescore(model, batch, config))
+    train.update(model, optimizer, on_policy, advantage, None, run)
+    assert rates == [train.learning_rate(config, done) for done in range(6)]
+    assert run.ledger["update"] == 3 * int(batch.is_action.sum())
+    assert ratios[0] < 1e-5 and min(ratios[2:]) > 1e-3
 
 
 def test_a_skipped_update_leaves_the_parameters_alone(out, monkeypatch):
