@@ -138,11 +138,12 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
     """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what the loss's own tensors say about it."""
     config, seen, parts = run.config, defaultdict(float), []
     shuffle = generator_for(config.seed, "update", run.step)
+    kept = in_mixed_group(batch)  # (B,)
+    if config.equal_groups == "keep" or not kept.any():  # if all are equal, only progress can teach anything
+        kept = torch.ones_like(kept)
     for _ in range(config.epochs):
         order = torch.randperm(len(batch.lengths), generator=shuffle).to(batch.lengths.device)
-        if config.equal_groups == "skip" and in_mixed_group(batch).any():  # if all are equal, only progress can teach anything
-            order = order[in_mixed_group(batch)[order]]
-        parts += order.chunk(config.minibatches)  # fewer if few rows are left
+        parts += order[kept[order]].chunk(config.minibatches)  # fewer if few rows are left
     for index, rows in enumerate(parts):
         minibatch, place = batch.take(rows), batch.flat(rows)
         weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)

@@ -1,5 +1,4 @@
-# Another task for the same comparison: two of four numbers, one operation. Attempts are short, so what makes a good one can be
-# learned within a run; with three numbers a policy learns mostly when to stop.
+# Another task for the comparison of config/study.py: two of four numbers, one operation, so an attempt is short (NOTES.md).
 
 base = "study.py"
 numbers, used, number_max = 4, 2, 16
@@ -8,5 +7,5 @@ max_solutions = 2             # both orders of one sum or product; targets from 
 trace_max_attempts = 14
 thinking_budget = 84          # 14 attempts of 6 tokens
 eval_budget = 112
-steps = 100                   # a step costs half of one with three numbers
+steps = 100
 save_every = 20

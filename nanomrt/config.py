@@ -119,7 +119,7 @@ class RunConfig:
     warmup_steps: int = key(10, "optimiser steps of linear warm-up")
     weight_decay: float = key(0.0, "decoupled weight decay")
     grad_clip: float = key(1.0, "largest gradient norm")
-    epochs: int = key(1, "passes over a batch of rollouts; after the first the clip has something to do")
+    epochs: int = key(1, "passes over a batch of rollouts, GRPO's mu")
     minibatches: int = key(2, "optimiser steps per pass")
     micro_batch_tokens: int = key(8192, "tokens per forward and backward pass; changes memory, not the result")
 

@@ -39,7 +39,7 @@ class Fp32(TorchFunctionMode):
     """Inside, what asks for bfloat16 gets a copy in fp32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0].float().clone() if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
+        return args[0].to(torch.float32, copy=True) if func is torch.Tensor.bfloat16 else func(*args, **(kwargs or {}))
 
 
 def muon_precision(device: torch.device) -> AbstractContextManager:
@@ -146,7 +146,7 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
         else:
             with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
                 for loss in warm_start(model, task, config, stage):
-                    if bar.n % 10 == 0:
+                    if bar.n % 10 == 0:  # reading a loss waits for the device
                         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                     bar.update()
             checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
