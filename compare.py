@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for arm in args.algorithms.split(",") for seed in seeds]
     except ValueError as error:
         raise UserError(str(error)) from None
+    runs = [job.run for job in jobs]
+    for run in runs:
+        if runs.count(run) > 1:
+            raise UserError(f"--algorithms={args.algorithms} --seeds={args.seeds} name the run {run.name} twice: leave one out")
     folder.mkdir(parents=True, exist_ok=True)
     if args.report:
         baseline, jobs = jobs[0].arm, [job for job in jobs if job.result.is_file()]
@@ -108,7 +112,7 @@ class Job:
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
         overrides = {**shared, **parse_arm(arm), "seed": str(seed)}
-        if load_config(config_path).device != "cuda":
+        if choose_device(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
         setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
@@ -191,7 +195,7 @@ def run_job(job: Job) -> None:
 def evaluated(job: Job) -> dict:
     """The run's file: where it comes from, and a point per checkpoint, from the warm start (step 0) to the end."""
     config, (made, *rows) = job.config, report.read_jsonl(job.run / "metrics.jsonl")
-    task, device = Countdown.from_config(config), choose_device(config)
+    task, device = Countdown(config), choose_device(config)
     spent = {0: {"tokens": 0, "seconds": 0.0}} | {
         row["step"]: {"tokens": row["trace_tokens"] + row["fork_tokens"],
                       "seconds": row["seconds_cpu"] if device == "cpu" else row["seconds_total"]} for row in rows}

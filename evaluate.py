@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
         config = replace(config, device=args.device or config.device)
-        model, task = checkpoint.load_model(folder, choose_device(config)), Countdown.from_config(config)
+        model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
         sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
         if args.test_time:
             verifier = cached_verifier(run, folder, model, task, config, tqdm)
@@ -190,7 +190,7 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
     rollouts = roll_out(model, task, problems, config.eval_samples, free, generator)
     responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
     length = np.array([len(response) for response in responses])  # (B,)
-    thinking = np.array([thinking_tokens(task, response) for response in responses])  # (B,)
+    thinking = np.array([task.thinking_tokens(response) for response in responses])  # (B,)
     J, spent = stopped_at(model, task, rollouts, grid, 1, 0.0, generator)  # (B,b)
     columns = {}
     if not brief:
@@ -217,7 +217,7 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], vote
     Past the end of the thinking the answer no longer changes, so each (rollout, position) is asked once.
     """
     rows = range(len(rollouts.tokens))
-    thinking = np.array([thinking_tokens(task, rollouts.response(row)) for row in rows])  # (B,)
+    thinking = np.array([task.thinking_tokens(rollouts.response(row)) for row in rows])  # (B,)
     spent = np.minimum(thinking[:, None], np.array(grid))  # (B,b)
     place = spent + np.array(rows)[:, None] * (grid[-1] + 1)  # (B,b) one number for each (rollout, position)
     asked, back = np.unique(place, return_inverse=True)
@@ -227,11 +227,6 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], vote
     won = np.array([maj_at_k([answer_text(task, answer) or None for answer, _ in branches],
                              [verdict for _, verdict in branches]) for branches in forked.branches])
     return won[back.reshape(spent.shape)], spent
-
-
-def thinking_tokens(task, response: Sequence[int]) -> int:
-    """Tokens before `</think>`, or before a stop token without one, or all if the rollout was cut off."""
-    return next((i for i, token in enumerate(response) if token in (task.close_thinking, task.stop)), len(response))
 
 
 # --- Showing ---

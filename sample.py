@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     def answers(thinking: list[int], cache: Segments, count: int, stage: str) -> list[list[int]]:
         """`count` answers forced after `thinking`; `stage` names the random numbers that they draw."""
         generator = generator_for(args.seed, stage, len(thinking))
-        limit = replace(sampling, max_new_tokens=task.answer_tokens, stop=(task.stop,))
+        limit = replace(sampling, max_new_tokens=task.answer_tokens, stop=(task.close_answer,))
         return branch(model, cache, [0] * count, [prompt + thinking] * count, [task.forced_stop] * count, limit, generator).rows()
 
     def right(row: list[int]) -> float:
@@ -94,7 +94,7 @@ def think(model: Llama, task: Countdown, prompt: list[int], budget: int, samplin
     context, episode, cache = list(prompt), [], prefill(model, [prompt])
     left = budget
     while left:
-        limit = replace(sampling, max_new_tokens=left, stop=(*opening, task.close_thinking, task.stop))
+        limit = replace(sampling, max_new_tokens=left, stop=(*opening, task.close_thinking, task.close_answer))
         generator = generator_for(seed, "think", len(context))
         samples = branch(model, cache, [0], [context], [[]], limit, generator)
         new, cache = samples.rows()[0][1:], samples.segments()  # the first token is the context's last one, given again
@@ -138,7 +138,7 @@ def load_run(run: Path, device: str) -> tuple[Llama, Countdown, RunConfig]:
     try:
         config = read_config(settings)
         model = checkpoint.load_model(folder or checkpoint.newest(run / "checkpoints"), device)
-        return model, Countdown.from_config(config), config
+        return model, Countdown(config), config
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -5,7 +5,7 @@
     python train.py config/small.py --resume            go on after an interruption, exactly
     python train.py --help                              every key
 
-Read next: nanomrt/mrt.py, the algorithm. `update` below is the only place where a gradient is taken.
+Read next: nanomrt/mrt.py, the algorithm. `update` below is where RL takes its gradients.
 """
 
 import shlex
@@ -24,7 +24,7 @@ from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed
-from nanomrt.mrt import Batch, clipped_loss, in_mixed_group, kl_penalty, likelihood_loss, token_weights
+from nanomrt.mrt import Batch, clipped_loss, in_teaching_group, kl_penalty, likelihood_loss, token_weights
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start
@@ -35,11 +35,11 @@ def main(argv: list[str]) -> int:
     device = choose_device(config)
     run = Run(config, folder, device)
     task = checked_task(config)
-    generation = {"eos_token_id": task.stop, "temperature": config.temperature, "do_sample": True}
+    generation = {"eos_token_id": task.close_answer, "temperature": config.temperature, "do_sample": True}
 
     with run.timed("warm_start"):
         start = Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags)
-    model = starting_policy(start, task, device)
+    model = starting_policy(start, task, config, device)
     method = METHODS[config.algorithm]
     reference = checkpoint.load_model(start, device) if config.kl_coef else None  # the policy that the KL pulls back to
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99),
@@ -54,15 +54,10 @@ def main(argv: list[str]) -> int:
         # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
         batch, ref_logprob = with_reference(gathered.batch, reference, config)
         advantage = method.credit(batch, gathered.episodes, config)  # (N,)
-        apart = {}
-        if config.importance_cap:  # the sampler rounds in its own way: truncated importance sampling
-            trainer = rescore(model, batch, config)
-            apart["max_logprob_diff"] = float((trainer - batch.logprob).abs().max())  # update() sees the trainer's own
-            advantage = advantage * (trainer - batch.logprob).exp().clamp(max=config.importance_cap)
-            batch = replace(batch, logprob=trainer)
+        batch, advantage, corrected = importance_weighted(model, batch, advantage, config)
         # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
-            learned = update(model, optimizer, batch, advantage, ref_logprob, run) | apart
+            learned = update(model, optimizer, batch, advantage, ref_logprob, run) | corrected
         # 4. Write it down.
         run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:
@@ -83,7 +78,7 @@ def main(argv: list[str]) -> int:
 def checked_task(config: RunConfig) -> Countdown:
     """The task of a config. Raises UserError if it is impossible, or a split has no problems: now, and not after training."""
     try:
-        task = Countdown.from_config(config)
+        task = Countdown(config)
         for split in SPLITS:
             task.problems(split, 1, "is there one?")
     except ValueError as error:
@@ -91,8 +86,8 @@ def checked_task(config: RunConfig) -> Countdown:
     return task
 
 
-def starting_policy(folder: Path, task: Countdown, device: str) -> Llama:
-    """The model of a checkpoint folder. Raises UserError if there is none or it speaks another vocabulary."""
+def starting_policy(folder: Path, task: Countdown, config: RunConfig, device: str) -> Llama:
+    """The model of a checkpoint folder. Raises UserError if there is none, or it speaks another vocabulary or holds less."""
     try:
         model = checkpoint.load_model(folder, device)
     except (FileNotFoundError, ValueError) as error:
@@ -100,6 +95,9 @@ def starting_policy(folder: Path, task: Countdown, device: str) -> Llama:
     if model.config.vocab_size != len(task.tokenizer):
         raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: "
                         "set the task's keys (max_value above all) as they were when it was trained")
+    if (most := model.config.max_position_embeddings) < config.longest_context:
+        raise UserError(f"{folder} has a context of {most} tokens, but prompt + budget + answer can take "
+                        f"{config.longest_context}: lower thinking_budget, eval_budget or trace_max_attempts")
     return model
 
 
@@ -133,33 +131,45 @@ def with_reference(batch: Batch, reference: Llama | None, config: RunConfig) -> 
     return batch, ref_logprob
 
 
+def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: RunConfig) -> tuple[Batch, Tensor, dict]:
+    """Truncated importance sampling, for a sampler that rounds in its own way: the batch with the trainer's log-probs, advantages
+    (N,) times min(pi_trainer / pi_sampler, importance_cap), and how far apart both are. As it was if the cap is 0."""
+    if not config.importance_cap:
+        return batch, advantage, {}
+    trainer = rescore(model, batch, config)
+    difference = trainer - batch.logprob
+    return (replace(batch, logprob=trainer), advantage * difference.exp().clamp(max=config.importance_cap),
+            {"max_logprob_diff": float(difference.abs().max())})
+
+
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
            run: Run) -> dict[str, float]:
     """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what the loss's own tensors say about it."""
     config, seen, parts = run.config, defaultdict(float), []
     shuffle = generator_for(config.seed, "update", run.step)
-    kept = in_mixed_group(batch)  # (B,)
-    if config.equal_groups == "keep" or not kept.any():  # if all are equal, only progress can teach anything
+    kept = in_teaching_group(batch, advantage)  # (B,)
+    if config.equal_groups == "keep" or not kept.any():
         kept = torch.ones_like(kept)
     for _ in range(config.epochs):
         order = torch.randperm(len(batch.lengths), generator=shuffle).to(batch.lengths.device)
         parts += order[kept[order]].chunk(config.minibatches)  # fewer if few rows are left
-    for index, rows in enumerate(parts):
-        minibatch, place = batch.take(rows), batch.flat(rows)
-        weight = token_weights(minibatch, config.loss_norm, config.thinking_budget, config.truncated)  # (N',)
+    for index, minibatch in enumerate(parts):
+        weight = torch.zeros_like(advantage)  # (N,)
+        weight[batch.flat(minibatch)] = token_weights(batch.take(minibatch), config.loss_norm, config.thinking_budget,
+                                                      config.truncated)
         optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(minibatch.lengths, config.micro_batch_tokens):
-            micro, flat = minibatch.take(part), minibatch.flat(part)
-            logprob, entropy, action = score(model, micro, config.temperature)  # (n,)
-            w, A, old = weight[flat][action], advantage[place[flat]][action], micro.logprob[action]  # (n,)
+        for part in micro_batches(batch.lengths[minibatch], config.micro_batch_tokens):
+            rows = minibatch[part]
+            logprob, entropy, action = score(model, batch.take(rows), config.temperature)  # (n,)
+            at = batch.flat(rows)[action]  # (n,) the same actions on the batch's axis
+            w, A, old = weight[at], advantage[at], batch.logprob[at]
             if METHODS[config.algorithm].supervised:
                 old = logprob.detach()  # nobody sampled these tokens, or not as they stand
                 loss = likelihood_loss(logprob, A, w)
             else:
                 loss = clipped_loss(logprob, old, A, w, config.clip_low, config.clip_high)
             if ref_logprob is not None:
-                ref = ref_logprob[place[flat]][action]
-                loss = loss + config.kl_coef * (w * kl_penalty(logprob, old, ref, config.kl_estimator)).sum()
+                loss = loss + config.kl_coef * (w * kl_penalty(logprob, old, ref_logprob[at], config.kl_estimator)).sum()
             loss.backward()
 
             with torch.no_grad():

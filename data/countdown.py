@@ -151,60 +151,41 @@ class Countdown:
     prompt, parse, show                the same as tokens, from a user and for the eye
     warm_trace, audit                  what the warm start learns, and what it must be able to do
     habits                             how a policy searches: what a table of accuracies doesn't explain
-    episode_ends, forced_stop          where an episode ends; the tokens that end the thinking and ask for the answer
+    episode_ends, thinking_tokens      where an episode and where the thinking ends
+    forced_stop                        the tokens that end the thinking and ask for the answer
     grade                              the verdict on a response
-    tokenizer, stop, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
+    tokenizer, close_answer, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
     """
 
-    def __init__(self, *, numbers: int = RunConfig.numbers, used: int = RunConfig.used, number_max: int = RunConfig.number_max,
-                 target_min: int = RunConfig.target_min, target_max: int = RunConfig.target_max,
-                 operators: str = RunConfig.operators, max_solutions: int = RunConfig.max_solutions,
-                 max_value: int = RunConfig.max_value, ood_target_min: int = RunConfig.ood_target_min,
-                 ood_max_solutions: int = RunConfig.ood_max_solutions, max_attempts: int = RunConfig.trace_max_attempts,
-                 repeat: float = RunConfig.trace_repeat, go_on: float = RunConfig.trace_go_on,
-                 give_up: float = RunConfig.trace_give_up, hint: float = RunConfig.trace_hint,
-                 backtrack: float = RunConfig.trace_backtrack):
-        if not 2 <= used <= numbers <= number_max:
-            raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={used}, numbers={numbers}, "
-                             f"number_max={number_max}")
-        if not set(operators) <= set("+-*/") or not operators:
-            raise ValueError(f"operators={operators!r} must be some of '+-*/'")
-        if not number_max <= target_max <= max_value:
-            raise ValueError(f"need number_max <= target_max <= max_value, not {number_max}, {target_max}, {max_value}")
-        self.numbers, self.used, self.number_max, self.operators = numbers, used, number_max, operators
-        self.target_min, self.target_max = target_min, target_max
-        self.max_solutions, self.max_value, self.max_attempts = max_solutions, max_value, max_attempts
-        self.ood_target_min, self.ood_max_solutions = ood_target_min, ood_max_solutions
-        self.repeat, self.go_on, self.give_up, self.hint, self.backtrack = repeat, go_on, give_up, hint, backtrack
-
-        words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, max_value + 1)))
+    def __init__(self, config: RunConfig):
+        if not 2 <= config.used <= config.numbers <= config.number_max:
+            raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={config.used}, numbers={config.numbers}, "
+                             f"number_max={config.number_max}")
+        if not config.operators or not set(config.operators) <= set("+-*/") or len(set(config.operators)) < len(config.operators):
+            raise ValueError(f"operators={config.operators!r} must be some of '+-*/', each once")
+        if not config.number_max <= config.target_max <= config.max_value:
+            raise ValueError(f"need number_max <= target_max <= max_value, not number_max={config.number_max}, "
+                             f"target_max={config.target_max}, max_value={config.max_value}")
+        self.config = config
+        words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, config.max_value + 1)))
         self.tokenizer = Tokenizer.from_words(words, SPECIAL)
-        self.open_thinking, self.close_thinking, self.open_answer, self.stop, self.open_episode, self.go_back = (
+        self.open_thinking, self.close_thinking, self.open_answer, self.close_answer, self.open_episode, self.go_back = (
             self.tokenizer.id(word) for word in ("<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>"))
         self.forced_stop = [self.close_thinking, self.open_answer]  # "time is up, answer now"
-        self.attempt_tokens = 3 * used  # <try>, the first number, (op, number, result) for each further one, the check
-        self.answer_tokens = used + (used - 1) + 2 * (used - 2) + 1  # numbers, operators, brackets, </answer>
-
-    @classmethod
-    def from_config(cls, config: RunConfig) -> "Countdown":
-        """The task that a `RunConfig` describes."""
-        same = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_solutions", "max_value",
-                "ood_target_min", "ood_max_solutions")
-        traces = ("max_attempts", "repeat", "go_on", "give_up", "hint", "backtrack")
-        return cls(**{name: getattr(config, name) for name in same},
-                   **{name: getattr(config, f"trace_{name}") for name in traces})
+        self.attempt_tokens = 3 * config.used  # <try>, the first number, (op, number, result) for each further one, the check
+        self.answer_tokens = 4 * config.used - 4  # used numbers, used - 1 operators, used - 2 pairs of brackets, </answer>
 
     # --- Problems ---
 
     def chains(self, problem: Problem) -> dict[int, list[Chain]]:
-        return solve(problem.key[0], self.used, self.operators, self.max_value)
+        return solve(problem.key[0], self.config.used, self.config.operators, self.config.max_value)
 
     def split_of(self, problem: Problem) -> str | None:
         """The one split a problem belongs to; None if it has no solution or too many."""
-        solutions = len(self.chains(problem).get(problem.target, ()))
-        if not 1 <= solutions <= self.max_solutions or not self.target_min <= problem.target <= self.target_max:
+        config, solutions = self.config, len(self.chains(problem).get(problem.target, ()))
+        if not 1 <= solutions <= config.max_solutions or not config.target_min <= problem.target <= config.target_max:
             return None
-        if problem.target >= self.ood_target_min and solutions <= self.ood_max_solutions:
+        if problem.target >= config.ood_target_min and solutions <= config.ood_max_solutions:
             return "ood"  # large targets with few solutions: harder than anything trained on
         bucket = hashlib.sha256(repr(problem.key).encode()).digest()[0]  # 0..255, the same on every machine
         return "test" if bucket < 26 else "validation" if bucket < 52 else "train"
@@ -217,10 +198,10 @@ class Countdown:
         """The same without an end, one by one. Raises ValueError with the fix if the split has none."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-        rng, missed = random.Random(f"{seed}/{split}"), 0
+        config, rng, missed = self.config, random.Random(f"{seed}/{split}"), 0
         while True:
-            numbers = tuple(rng.sample(range(1, self.number_max + 1), self.numbers))
-            targets = sorted(solve(tuple(sorted(numbers)), self.used, self.operators, self.max_value))
+            numbers = tuple(rng.sample(range(1, config.number_max + 1), config.numbers))
+            targets = sorted(solve(tuple(sorted(numbers)), config.used, config.operators, config.max_value))
             problem = Problem(numbers, rng.choice(targets)) if targets else None
             if problem and self.split_of(problem) == split:
                 yield problem
@@ -237,13 +218,13 @@ class Countdown:
 
     def parse(self, text: str) -> Problem:
         """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises ValueError with an example."""
-        numbers = [int(word) for word in re.findall(r"-?[0-9]+", text)]
-        if len(numbers) != self.numbers + 1:
-            example = " ".join(map(str, range(2, self.numbers + 2)))
-            raise ValueError(f"expected {self.numbers} numbers and a target, such as '{example} target {self.target_max}', "
+        config, numbers = self.config, [int(word) for word in re.findall(r"-?[0-9]+", text)]
+        if len(numbers) != config.numbers + 1:
+            example = " ".join(map(str, range(2, config.numbers + 2)))
+            raise ValueError(f"expected {config.numbers} numbers and a target, such as '{example} target {config.target_max}', "
                              f"not {text!r}")
-        if not all(1 <= number <= self.max_value for number in numbers):
-            raise ValueError(f"the model knows the numbers 1 to {self.max_value} only")
+        if not all(1 <= number <= config.max_value for number in numbers):
+            raise ValueError(f"the model knows the numbers 1 to {config.max_value} only")
         return Problem(tuple(numbers[:-1]), numbers[-1])
 
     def show(self, ids: Sequence[int]) -> str:
@@ -256,21 +237,21 @@ class Countdown:
         The answer is always the last attempt's: whoever has found a solution only checks it again.
         Proposals are random, so their tokens are mostly noise to learn and weigh half.
         """
-        by_value = self.chains(problem)
+        config, by_value = self.config, self.chains(problem)
         proposals = [chain for value in sorted(by_value) for chain in by_value[value]]
         rng.shuffle(proposals)
-        last, found, untried, words, weights = None, False, iter(proposals * self.max_attempts), [], []
-        for _ in range(self.max_attempts):
-            if rng.random() < (1 - self.go_on if found else self.give_up):
+        last, found, untried, words, weights = None, False, iter(proposals * config.trace_max_attempts), [], []
+        for _ in range(config.trace_max_attempts):
+            if rng.random() < (1 - config.trace_go_on if found else config.trace_give_up):
                 break
             kept = 0
-            if last and not found and rng.random() < self.backtrack:
+            if last and not found and rng.random() < config.trace_backtrack:
                 last, kept = self.back_from(last, proposals, problem.target, rng)
-            elif not found and (last is None or rng.random() >= self.repeat):
-                last = rng.choice(by_value[problem.target]) if rng.random() < self.hint else next(untried)
+            elif not found and (last is None or rng.random() >= config.trace_repeat):
+                last = rng.choice(by_value[problem.target]) if rng.random() < config.trace_hint else next(untried)
             found = last.results[-1] == problem.target
             words += [*last.attempt(kept), "yes" if found else "no"]
-            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (self.used - 1 - kept) + [1.0]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (config.used - 1 - kept) + [1.0]
         answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
@@ -278,11 +259,16 @@ class Countdown:
     def back_from(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int]:
         """Another way on from a running result of a failed attempt, one that reaches the target if there is any, and how many
         operations both share; the failed attempt once more, from the beginning, where there is no other way."""
-        kept = rng.randrange(self.used - 1)
+        kept = rng.randrange(self.config.used - 1)
         shared = failed.numbers[: kept + 1], failed.ops[:kept]
         ways = [way for way in proposals if (way.numbers[: kept + 1], way.ops[:kept]) == shared and way != failed]
         right = [way for way in ways if way.results[-1] == target]
         return (rng.choice(right or ways), kept) if ways else (failed, 0)
+
+    def thinking_tokens(self, response: Sequence[int]) -> int:
+        """How many tokens a response thought before it answered: all, if it was cut off first."""
+        endings = (i for i, token in enumerate(response) if token in (self.close_thinking, self.close_answer))
+        return next(endings, len(response))
 
     def episode_ends(self, response: Sequence[int]) -> list[int]:
         """Where each episode of a response ends (exclusive): before the next `<try>` or `<back>`, before `</think>` (or a stray
@@ -290,8 +276,7 @@ class Countdown:
 
         No `<try>`, no episode. The first episode owns whatever stands before its `<try>`.
         """
-        endings = (i for i, token in enumerate(response) if token in (self.close_thinking, self.stop))
-        close = next(endings, len(response))
+        close = self.thinking_tokens(response)
         opens = [i for i in range(close) if response[i] in (self.open_episode, self.go_back)]
         return [*opens[1:], close] if opens else []
 
@@ -309,7 +294,7 @@ class Countdown:
             if number not in remaining:
                 return 0.0
             remaining.remove(number)
-        return float(value == problem.target and len(numbers) == self.used)
+        return float(value == problem.target and len(numbers) == self.config.used)
 
     def audit(self, problems: Sequence[Problem], responses: Sequence[Sequence[int]],
               rewards: Sequence[float]) -> dict[str, float]:
@@ -359,7 +344,7 @@ class Countdown:
             if kind == "try":
                 found.append(Chain((first, *numbers), ops, results))
                 continue
-            kept = self.used - 1 - len(steps)  # the operations that it need not write again
+            kept = self.config.used - 1 - len(steps)  # the operations that it need not write again
             if kept > 0 and found and found[-1].results[kept - 1 : kept] == (first,):
                 last = found[-1]
                 found.append(Chain(last.numbers[: kept + 1] + numbers, last.ops[:kept] + ops, last.results[:kept] + results))
@@ -388,9 +373,10 @@ class Countdown:
                 count["repeats"] += proposal in before
                 solved = self.grade(problem, f"</think> <answer> {' '.join(chain.expression)} </answer>") == 1
                 before.append(proposal)
-            thinking = next((i for i, token in enumerate(response) if token in (self.close_thinking, self.stop)), thinking_budget)
             count["solved" if solved else "unsolved"] += 1
-            count["gave_up"] += not solved and thinking + self.attempt_tokens <= thinking_budget
+            thinking = self.thinking_tokens(response)
+            room = thinking < len(response) and thinking + self.attempt_tokens <= thinking_budget  # it answered, and needn't have
+            count["gave_up"] += room and not solved
         share = lambda part, whole: part / max(whole, 1)
         return {"attempts": share(count["open"] + count["rechecks"], count["solved"] + count["unsolved"]),
                 "hit_rate": share(count["solved"], count["open"]), "loops": share(count["loops"], count["after_failure"]),

@@ -50,7 +50,7 @@ from nanomrt.report import blank_figure, write_json
 from nanomrt.run import commit
 
 FLUSH = 256 * 1024**2  # bytes written before each measurement: several times the L2 of any GPU so far
-AHEAD = 2_000_000  # clock cycles, about a millisecond, by which the host runs ahead of the device
+AHEAD = 5_000_000  # clock cycles, about 3 milliseconds, by which the host runs ahead of the device
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 OURS = "nanomrt"
 

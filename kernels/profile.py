@@ -123,7 +123,8 @@ def main(argv: list[str]) -> int:
     device, dtype = ("cpu", torch.float32) if args.dry_run else ("cuda", torch.bfloat16)
     config, tokens = (TINY, 64) if args.dry_run else (QWEN_1_5B, args.tokens)
     lengths = lognormal_lengths(tokens, tokens // 8, tokens // 2)
-    model = Llama(config).initialise(torch.Generator().manual_seed(0)).to(device)
+    with torch.device(device):
+        model = Llama(config)  # whatever the weights are: on a CPU it would take half a minute to draw them
     drawn = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)).to(device)
     packed = Packed.of(torch.tensor(lengths, device=device))
     run = lambda: training_step(model, drawn, packed)

@@ -213,7 +213,7 @@ def trl_steps(model: Llama, task: Countdown, prompts: list[list[int]], repeats: 
         checkpoint.save(Path(folder) / "model", model, task.tokenizer, {})
         theirs = LlamaForCausalLM.from_pretrained(Path(folder) / "model")
         tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
-        tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([0, task.stop])
+        tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([0, task.close_answer])
         config = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=len(prompts) * GROUP, num_generations=GROUP, max_completion_length=NEW,
             generation_kwargs={"min_new_tokens": NEW}, top_k=0, beta=0.0, max_steps=repeats + 1, learning_rate=1e-9,
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> Path:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    task = Countdown()
+    task = Countdown(RunConfig())
     model = small_llama(task, device)
     batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, arguments.repeats)
     home = Path(__file__).parents[1] / "results"

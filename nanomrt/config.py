@@ -30,8 +30,9 @@ class UserError(Exception):
     """Something the user can fix; its message says how. Commands show it without a traceback."""
 
 
-def key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning})
+def key(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its meaning and the range that its value must lie in, both ends included."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class RunConfig:
 
     # run
     seed: int = key(0, "every random number of the run derives from it")
-    steps: int = key(60, "RL steps")
+    steps: int = key(60, "RL steps", 1)
     device: str = key("auto", "auto, cpu or cuda")
-    threads: int = key(0, "CPU threads; 0 leaves PyTorch's choice")
+    threads: int = key(0, "CPU threads; 0 leaves PyTorch's choice", 0)
     out_dir: str = key("out", "runs are written to out_dir/<run name>")
     init_from: str = key("", "a checkpoint folder to start RL from, instead of the warm start")
-    save_every: int = key(20, "steps between checkpoints")
-    sample_every: int = key(10, "steps between printed rollouts")
+    save_every: int = key(20, "steps between checkpoints", 1)
+    sample_every: int = key(10, "steps between printed rollouts", 1)
 
     # task: Countdown (data/countdown.py)
     numbers: int = key(3, "numbers given")
@@ -56,132 +57,127 @@ class RunConfig:
     target_max: int = key(60, "largest target")
     operators: str = key("+-*", "some of + - * /")
     max_value: int = key(100, "largest running result in a warm-start trace; also the largest number token")
-    max_solutions: int = key(4, "problems with more solutions are left out")
+    max_solutions: int = key(4, "problems with more solutions are left out", 1)
     ood_target_min: int = key(45, "targets from here on with few solutions form the OOD split")
-    ood_max_solutions: int = key(2, "how few")
+    ood_max_solutions: int = key(2, "how few", 1)
 
     # warm start: random search traces with flaws (nanomrt/warmstart.py)
-    trace_max_attempts: int = key(12, "attempts in the longest trace")
-    trace_repeat: float = key(0.3, "probability that the attempt after a failure repeats it")
-    trace_go_on: float = key(0.7, "probability that a success is checked once more")
-    trace_give_up: float = key(0.04, "probability of answering before a success, per attempt")
-    trace_hint: float = key(0.05, "probability that an attempt is a solution by construction")
-    trace_backtrack: float = key(0.0, "probability that the attempt after a failure goes back to one of its running results")
-    warm_steps: int = key(500, "optimiser steps")
-    warm_batch: int = key(64, "traces per step")
-    warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices")
-    warm_adamw_lr: float = key(3e-3, "AdamW learning rate, embeddings and norms")
-    gate_result: float = key(0.95, "least share of right intermediate results before RL begins")
-    gate_check_precision: float = key(0.8, "least share of `yes` that are right")
-    gate_check_recall: float = key(0.7, "least share of solved attempts that get a `yes`")
-    gate_answer: float = key(0.6, "least share of right answers among traces that reach the target")
+    trace_max_attempts: int = key(12, "attempts in the longest trace", 1)
+    trace_repeat: float = key(0.3, "probability that the attempt after a failure repeats it", 0, 1)
+    trace_go_on: float = key(0.7, "probability that a success is checked once more", 0, 1)
+    trace_give_up: float = key(0.04, "probability of answering before a success, per attempt", 0, 1)
+    trace_hint: float = key(0.05, "probability that an attempt is a solution by construction", 0, 1)
+    trace_backtrack: float = key(0.0, "probability that the attempt after a failure goes back to a running result", 0, 1)
+    warm_steps: int = key(500, "optimiser steps", 1)
+    warm_batch: int = key(64, "traces per step", 1)
+    warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices", 0)
+    warm_adamw_lr: float = key(3e-3, "AdamW learning rate, embeddings and norms", 0)
+    gate_result: float = key(0.95, "least share of right intermediate results before RL begins", 0, 1)
+    gate_check_precision: float = key(0.8, "least share of `yes` that are right", 0, 1)
+    gate_check_recall: float = key(0.7, "least share of solved attempts that get a `yes`", 0, 1)
+    gate_answer: float = key(0.6, "least share of right answers among traces that reach the target", 0, 1)
 
     # model: a Llama (nanomrt/model.py); Hugging Face's names
-    hidden_size: int = key(128, "width")
-    intermediate_size: int = key(320, "width of the feed-forward layers")
-    num_hidden_layers: int = key(4, "layers")
-    num_attention_heads: int = key(4, "query heads")
-    num_key_value_heads: int = key(2, "key/value heads")
-    head_dim: int = key(32, "size of a head")
+    hidden_size: int = key(128, "width", 1)
+    intermediate_size: int = key(320, "width of the feed-forward layers", 1)
+    num_hidden_layers: int = key(4, "layers", 1)
+    num_attention_heads: int = key(4, "query heads", 1)
+    num_key_value_heads: int = key(2, "key/value heads", 1)
+    head_dim: int = key(32, "size of a head", 2)
     qk_norm: bool = key(False, "normalise each head's queries and keys, as in Qwen3")
     max_position_embeddings: int = key(256, "context length, in tokens")
 
     # rollouts
-    prompts_per_step: int = key(32, "problems per step")
-    group_size: int = key(12, "rollouts per problem")
-    thinking_budget: int = key(108, "thinking tokens per rollout; it is cut off after these and the room of an answer")
+    prompts_per_step: int = key(32, "problems per step", 1)
+    group_size: int = key(12, "rollouts per problem", 2)
+    thinking_budget: int = key(108, "thinking tokens per rollout; it is cut off after these and the room of an answer", 1)
     temperature: float = key(1.0, "sampling temperature, the same in the loss")
     truncated: str = key("zero", "a rollout that was cut off: zero (scores 0 and trains) or mask (left out of the loss)")
 
     # algorithm (nanomrt/methods.py, nanomrt/mrt.py)
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
-    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO")
-    gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only")
-    J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before")
-    repeat_penalty: float = key(0.0, "what an attempt that its rollout has written before costs each of its tokens; 0: off")
-    length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs")
+    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO", 0)
+    gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
+    J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before", 0, 1)
+    repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
+    length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
-    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo")
-    fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy")
+    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo", 1)
+    fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
     progress_norm: str = key("mean_std", "progress: none, std (divided by it), mean, mean_std, group_std (centred in its group)")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
-    equal_groups: str = key("keep", "groups without a difference in reward: keep, or skip (left out of the loss, as in DAPO)")
-    clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low")
-    clip_high: float = key(0.28, "upper clip of the probability ratio, 1 + clip_high")
+    equal_groups: str = key("keep", "groups without any advantage, as of equal outcomes: keep, or skip (DAPO)")
+    clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low", 0, 1)
+    clip_high: float = key(0.28, "upper clip of the probability ratio, 1 + clip_high", 0)
     importance_cap: float = key(0.0, "weigh each token by min(pi_trainer / pi_sampler, cap) before the update; 0: off")
-    kl_coef: float = key(0.0, "weight of the KL to the starting policy; 0 loads no reference")
+    kl_coef: float = key(0.0, "weight of the KL to the starting policy; 0 loads no reference", 0)
     kl_estimator: str = key("k2", "k2 or k3 (in the loss) or k1_reward (in the reward)")
 
     # optimiser of the RL stage: AdamW
     learning_rate: float = key(5e-4, "peak learning rate")
-    learning_rate_end: float = key(0.0, "share of it that is left at the end, after a linear decay; 1 keeps it constant")
-    warmup_steps: int = key(10, "optimiser steps of linear warm-up")
-    weight_decay: float = key(0.0, "decoupled weight decay")
+    learning_rate_end: float = key(0.0, "share of it that is left at the end, after a linear decay; 1 keeps it constant", 0, 1)
+    warmup_steps: int = key(10, "optimiser steps of linear warm-up", 0)
+    weight_decay: float = key(0.0, "decoupled weight decay", 0)
     grad_clip: float = key(1.0, "largest gradient norm")
-    epochs: int = key(1, "passes over a batch of rollouts, GRPO's mu")
-    minibatches: int = key(2, "optimiser steps per pass")
-    micro_batch_tokens: int = key(8192, "tokens per forward and backward pass; changes memory, not the result")
+    epochs: int = key(1, "passes over a batch of rollouts, GRPO's mu", 1)
+    minibatches: int = key(2, "optimiser steps per pass", 1)
+    micro_batch_tokens: int = key(8192, "tokens per forward and backward pass; changes memory, not the result", 1)
 
     # evaluation (evaluate.py)
-    eval_problems: int = key(256, "distinct problems per split")
-    eval_samples: int = key(4, "rollouts per problem")
-    eval_budget: int = key(144, "largest thinking budget, in tokens; beyond thinking_budget it is extrapolation")
+    eval_problems: int = key(256, "distinct problems per split", 1)
+    eval_samples: int = key(4, "rollouts per problem", 1)
+    eval_budget: int = key(144, "largest thinking budget, in tokens; beyond thinking_budget it is extrapolation", 1)
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        if min(self.epochs, self.minibatches, self.num_key_value_heads) < 1:
-            raise ValueError("epochs, minibatches and num_key_value_heads must be at least 1")
-        prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
-        twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
-        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, 3 * self.used * self.trace_max_attempts)
-        # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
-        longest = prompt + thinking + answer * (2 + twice)
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if not (low is None or low <= value) or not (high is None or value <= high):
+                raise ValueError(f"{f.name}={value} must " + (f"be at least {low}" if high is None else f"lie in {low}..{high}"))
         checks = [
-            (self.group_size > 1, "group_size must be at least 2: an advantage compares rollouts of one problem"),
             (self.algorithm != "mrt" or self.group_size % 2 == 0,
              f"group_size={self.group_size} must be even for algorithm=mrt: half of a group stops at the cut"),
             (self.prompts_per_step * self.group_size % self.minibatches == 0,
              f"prompts_per_step * group_size = {self.prompts_per_step * self.group_size} must be divisible by "
              f"minibatches={self.minibatches}"),
-            (longest <= self.max_position_embeddings,
-             f"prompt + budget + answer can take {longest} tokens, more than max_position_embeddings="
+            (self.longest_context <= self.max_position_embeddings,
+             f"prompt + budget + answer can take {self.longest_context} tokens, more than max_position_embeddings="
              f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
-            (self.alpha >= 0, "alpha must not be negative"),
+            *((getattr(self, name) > 0, f"{name} must be positive") for name in ("learning_rate", "grad_clip", "J_discount")),
             (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm in ("grpo", "mrt_online", "mrt", "mrt_b"),
              f"kl_estimator=k1_reward is part of the reward, whose size algorithm={self.algorithm} doesn't follow: use k2"),
             (not self.kl_coef or self.kl_estimator != "k1_reward" or self.equal_groups == "keep",
              "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
-            (0 <= self.length_penalty <= 1,
-             "length_penalty must lie in 0..1: beyond, a right answer could score less than a wrong one"),
-            (self.repeat_penalty >= 0, "repeat_penalty must not be negative"),
             (not self.repeat_penalty or self.algorithm in ("grpo", "mrt_online", "mrt"),
              f"repeat_penalty is part of the credit of grpo, mrt_online and mrt: leave it at 0 for algorithm={self.algorithm}"),
-            (0 <= self.gamma <= 1, "gamma must lie in 0..1"),
-            (0 < self.J_discount <= 1, "J_discount must lie in 0..1, without 0: 1 is progress as it is"),
             (self.J_discount == 1 or self.algorithm in ("mrt_online", "mrt"),
              f"J_discount belongs to the progress of mrt_online and mrt: algorithm={self.algorithm} wants it at 1"),
-            (min(self.forks, self.steps, self.prompts_per_step, self.save_every, self.sample_every, self.eval_problems,
-                 self.eval_samples, self.warm_batch, self.warm_steps, self.thinking_budget, self.micro_batch_tokens) >= 1,
-             "steps, forks, prompts_per_step, save_every, sample_every, warm_batch, warm_steps, thinking_budget, "
-             "micro_batch_tokens, eval_problems and eval_samples must be at least 1"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
             (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
              "leave it at 0"),
-            (self.learning_rate > 0, "learning_rate must be positive"),
-            (0 <= self.learning_rate_end <= 1, "learning_rate_end must lie in 0..1: it is a share of learning_rate"),
             (self.forks == 1 or self.fork_temperature > 0,
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
             (self.num_attention_heads % self.num_key_value_heads == 0,
              "num_attention_heads must be a multiple of num_key_value_heads"),
+            (self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs"),
         ]
         for holds, message in checks:
             if not holds:
                 raise ValueError(message)
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that a context can come to: prompt, thinking and answer."""
+        prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
+        twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
+        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, 3 * self.used * self.trace_max_attempts)
+        # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
+        return prompt + thinking + answer * (2 + twice)
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}

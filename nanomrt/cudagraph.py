@@ -42,7 +42,7 @@ class Recording:
 
     def capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self.pool.id)
+        graph.capture_begin(self.pool.id, "thread_local")  # what other threads do on the device meanwhile is their own business
         try:
             self.step()
         finally:  # an interrupted run still has a checkpoint to save, which a stream that captures can't

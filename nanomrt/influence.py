@@ -22,7 +22,6 @@ Dimension key: N packed tokens, B rollouts, E episodes, n places of a kind, C wi
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ import kernels
 from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, parse_arm, read_config, with_overrides
-from nanomrt.methods import METHODS, Gathered, traces, traces_with_J
+from nanomrt.methods import METHODS, Gathered, traces, traces_for_progress, traces_with_J
 from nanomrt.metrics import bootstrap
 from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, likelihood_loss, token_weights
@@ -59,13 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args.run / "config.json")
         arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
         folder = args.checkpoint or checkpoint.newest(args.run / "checkpoints")
-        task = Countdown.from_config(config)
+        task = Countdown(config)
         problems = task.problems("train", args.problems, "influence")
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None
-    model = starting_policy(folder, task, "cpu")  # in fp32: (2) is a small difference, and bf16 would round it away
-    measured = replace(config, algorithm="anytime", J_discount=1.0)  # a method that asks for J whatever alpha is
-    gathered = traces_with_J(model, task, problems, measured, generator_for(config.seed, "influence", 0))
+    model = starting_policy(folder, task, config, "cpu")  # in fp32: (2) is a small difference, and bf16 would round it away
+    gathered = traces_with_J(model, task, problems, config, generator_for(config.seed, "influence", 0))
     print(table(model, gathered, task.close_thinking, config, arms))
     return 0
 
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def arm_config(config: RunConfig, arm: str) -> RunConfig:
     """The config of 'mrt_online+alpha=2'. Raises ValueError unless its credit is given to whole traces."""
     config = with_overrides(config, parse_arm(arm))
-    possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J)]
+    possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J, traces_for_progress)]
     if config.algorithm not in possible:
         raise ValueError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")
     return config

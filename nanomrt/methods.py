@@ -90,11 +90,15 @@ def traces(model: Llama, task, problems: Sequence, config: RunConfig, generator:
 
 
 def traces_with_J(model, task, problems, config, generator) -> Gathered:
-    """The policy's own traces, and J at every boundary. MRT with alpha = 0 wouldn't read J: it isn't asked for."""
+    """The policy's own traces, and J at every boundary."""
     gathered = traces(model, task, problems, config, generator)
-    if config.algorithm == "mrt_online" and config.alpha == 0:
-        return gathered
     return measured(gathered, *boundaries(task, gathered.rollouts), stopping(model, task, config, generator))
+
+
+def traces_for_progress(model, task, problems, config, generator) -> Gathered:
+    """The same, but alpha = 0 wouldn't read J: it isn't asked for."""
+    gather = traces if config.alpha == 0 else traces_with_J
+    return gather(model, task, problems, config, generator)
 
 
 def traces_with_V(model, task, problems, config, generator) -> Gathered:
@@ -120,21 +124,21 @@ def prefix_form(model, task, problems, config, generator) -> Gathered:
     for i, share in zip(owner, pick):
         places = [0, *task.episode_ends(base.response(i))[:-1]]  # 0 … T-1 episodes stay
         cut.append(base.prompt_length[i] + places[int(share * len(places))])
-    stops = [r % G < G // 2 for r in range(len(owner))]
+    stopped = [r % G < G // 2 for r in range(len(owner))]
     # A row that stops is given its context's last token once more: so the log-prob of what was forced is known.
-    contexts = [base.tokens[i][: c - stop] for i, c, stop in zip(owner, cut, stops)]
-    forced = [[base.tokens[i][c - 1], *task.forced_stop] if stop else [] for i, c, stop in zip(owner, cut, stops)]
+    contexts = [base.tokens[i][: c - stop] for i, c, stop in zip(owner, cut, stopped)]
+    forced = [[base.tokens[i][c - 1], *task.forced_stop] if stop else [] for i, c, stop in zip(owner, cut, stopped)]
     rollouts = continue_from(model, task, [problems[i] for i in owner], base.samples.segments(), owner, contexts, forced, owner,
                              training_sampling(task, config), generator)
     tokens = base.samples.generated + rollouts.samples.generated
     if config.decision_in_loss:
         decided = torch.zeros_like(rollouts.samples.is_action)
-        decided[:, 1] = torch.tensor(stops, device=decided.device)
+        decided[:, 1] = torch.tensor(stopped, device=decided.device)
         rollouts = replace(rollouts, samples=replace(rollouts.samples, is_action=rollouts.samples.is_action | decided))
     row, position = [], []
     for r, start in enumerate(rollouts.prompt_length):
         new = [start + end for end in task.episode_ends(rollouts.response(r)) if start + end > cut[r]]
-        if new and not stops[r]:
+        if new and not stopped[r]:
             row += [r, r]
             position += [cut[r], new[0]]
     gathered = Gathered(rollouts, rollouts.batch(), None, tokens)
@@ -223,7 +227,7 @@ METHODS = {
     "star": Method(traces, mrt.imitation_credit, supervised=True),
     "grpo": Method(traces, mrt.outcome_credit),
     "length_penalty": Method(traces, mrt.short_outcome_credit),
-    "mrt_online": Method(traces_with_J, mrt.progress_credit),
+    "mrt_online": Method(traces_for_progress, mrt.progress_credit),
     "mrt": Method(prefix_form, mrt.progress_credit),
     "mrt_b": Method(after_an_attempt, mrt.prefix_bonus_credit),
     "mrt_star": Method(best_prefixes, mrt.imitation_credit, supervised=True),

@@ -3,14 +3,14 @@
 A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer forced after episode j is right, estimated
 from m forced answers. Equations (numbers stand on the lines that compute them):
 
+    (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
     (1) progress_j = J_j - J_{j-1}                                          negative progress is kept
     (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
 
-alpha = 0 is GRPO. gamma = 1 telescopes to J_T - J_{j-1}, a better baseline for the outcome and no other objective, unless
-progress is centred (as it is by default): then every later episode has a price as well. What makes MRT different is that credit
-stays with the episode that made the progress (arXiv 2503.07572).
+alpha = 0 is (0), GRPO. What makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
+Progress is normalised over the batch, (progress - mean) / std: an episode that changes nothing has a price, the mean.
 Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
 
 The other members of the family stand beside it: each is one credit function (batch, episodes, config) -> A (N,), and
@@ -32,7 +32,7 @@ class Batch:
 
     tokens: Tensor  # (N,) int64
     lengths: Tensor  # (B,) int64, tokens of each rollout, prompt included
-    is_action: Tensor  # (N,) bool, sampled by the policy
+    is_action: Tensor  # (N,) bool, what is learned: sampled by the policy, or written for it to imitate
     logprob: Tensor  # (N,) fp32, under the policy that sampled, 0 where no action
     reward: Tensor  # (B,) fp32
     prompt_id: Tensor  # (B,) int64
@@ -63,7 +63,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Episodes:
-    """The E episodes of a batch, rollout after rollout, first to last."""
+    """The E episodes of a batch, rollout after rollout, first to last. For vineppo J is V, the mean reward of going on, and for
+    mrt_b the J after what follows the first attempt is the verdict."""
 
     row: Tensor  # (E,) int64, ascending
     start: Tensor  # (E,) int64, first token on the flat axis
@@ -107,6 +108,9 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
 
 def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     """(2): an episode's own progress plus gamma times the next one's credit in the same rollout. (E,) -> (E,).
+
+    gamma = 1 telescopes to J_T - J_{j-1}, a better baseline for the outcome and no other objective; unless progress is centred,
+    when every later episode has its price, too.
 
     >>> discounted_credit(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, 1]), 0.5)
     tensor([3., 4., 4., 8.])
@@ -170,8 +174,9 @@ def repeated(batch: Batch, n: int) -> Tensor:
 def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`.
 
-    With `repeat_penalty`, minus that for every token of an attempt that the same rollout has written before, word for word: the
-    penalty on repeated n-grams of Yeo et al., arXiv 2502.03373, n being the length of an attempt.
+    With `repeat_penalty`, minus that for every token of an n-gram that the same rollout has written before (Yeo et al., arXiv
+    2502.03373), n being the length of an attempt. An n-gram may begin anywhere: what ends like the attempt before the first one
+    is charged with a repeat of that one, a `no` above all.
     """
     advantage = group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row]  # (N,)
     if config.repeat_penalty:
@@ -239,17 +244,15 @@ def anytime_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tenso
 def value_over_tokens(batch: Batch, episodes: Episodes, C: int) -> tuple[Tensor, Tensor]:
     """J after t thinking tokens, t = 0..C, (B,C+1): the last boundary's, and the reward once the answer is given; and for every
     token (N,) the t at which its episode, or the answer, begins. For whole traces."""
-    row, begin = episodes.row, batch.offset + batch.lengths  # (E,), (B,)
-    begin = begin.index_add(0, batch.row, -batch.is_action.long())  # (B,) the first token of each response
-    start, end = (x - begin[row] for x in (episodes.start, episodes.end))  # (E,) in thinking tokens
-    thinking = torch.zeros_like(begin).scatter_reduce(0, row, end, "amax").clamp(max=C)  # (B,)
-    change = torch.zeros(len(begin), C + 1, device=begin.device)  # (B,C+1)
-    change.index_put_((row, end.clamp(max=C)), episodes.progress, accumulate=True)
-    change[row[start == 0], 0] += episodes.J_before[start == 0]
-    change.scatter_add_(1, thinking[:, None], (batch.reward - change.sum(1))[:, None])
-    inside = spread(batch, episodes, torch.ones_like(episodes.J_after)) > 0
-    s = spread(batch, episodes, start.clamp(max=C).float()).long()
-    return change.cumsum(1), torch.where(inside, s, thinking[batch.row])
+    J = batch.reward[:, None].repeat(1, C + 1).cpu()  # (B,C+1) the verdict, but while an episode is being thought
+    s = torch.zeros(len(batch.tokens), dtype=torch.int64)
+    response = (batch.offset + batch.lengths).index_add(0, batch.row, -batch.is_action.long()).tolist()  # its first token
+    last = (batch.offset + batch.lengths).tolist()
+    for r, start, end, J_before in zip(*(x.tolist() for x in (episodes.row, episodes.start, episodes.end, episodes.J_before))):
+        t, after = (min(place - response[r], C) for place in (start, end))  # in thinking tokens
+        J[r, t:after] = J_before
+        s[start:end], s[end : last[r]] = t, after  # the answer, if this was the last episode
+    return J.to(batch.reward.device), s.to(batch.reward.device)
 
 
 def imitation_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
@@ -265,15 +268,15 @@ def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> 
 # --- Loss ---
 
 
-def in_mixed_group(batch: Batch) -> Tensor:
-    """(B,) bool: whether the rewards of a rollout's group differ. Where they don't the outcome says nothing: DAPO skips it."""
+def in_teaching_group(batch: Batch, advantage: Tensor) -> Tensor:
+    """(B,) bool: whether any token of a rollout's group has an advantage. Of outcomes that are all equal none has: DAPO skips
+    such a group."""
     ids, group = batch.prompt_id.unique(return_inverse=True)
-    extreme = lambda which: batch.reward.new_zeros(len(ids)).scatter_reduce(0, group, batch.reward, which, include_self=False)
-    return (extreme("amax") > extreme("amin"))[group]
+    return torch.zeros(len(ids), device=group.device).index_add(0, group[batch.row], (advantage != 0).float())[group] > 0
 
 
 def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:
-    """w of (4), over the whole batch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
+    """w of (4), over a whole minibatch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
 
     token: every token counts the same (DAPO); sequence: every rollout counts the same (GRPO); constant: per rollout and `budget`
     (Dr. GRPO). Rollouts that were cut off are left out by truncated = mask (DAPO's overlong filtering).
@@ -299,11 +302,11 @@ def likelihood_loss(logprob: Tensor, advantage: Tensor, weight: Tensor) -> Tenso
 
 
 def kl_penalty(logprob: Tensor, old_logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
-    """Per-token loss (n,) whose expected gradient under the sampling policy is that of KL(pi || ref).
+    """Per-token loss (n,) whose expected gradient on policy is that of KL(pi || ref).
 
-    k2: half the squared log-ratio. k3: k3 times the importance ratio; without the ratio its gradient would be that of the
-    forward KL(ref || pi). k1 has no gradient of its own (E[grad log pi] = 0), so `k1_reward` subtracts it from the reward
-    and this returns 0.
+    k2: half the squared log-ratio. k3: k3 times the importance ratio, and so off policy as well; without the ratio its gradient
+    would be that of the forward KL(ref || pi). k1 has no gradient of its own (E[grad log pi] = 0), so `k1_reward` subtracts its
+    sum over a rollout from the reward and this returns 0.
     """
     log_ratio = ref_logprob - logprob
     if estimator == "k2":

@@ -67,7 +67,7 @@ def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[
 
 def answer_text(task, response: Sequence[int]) -> str:
     """What a rollout votes for: its answer as it is written, '' without a complete one after its thinking."""
-    if response[-1] != task.stop or not {task.close_thinking, task.open_answer} <= set(response):
+    if response[-1] != task.close_answer or not {task.close_thinking, task.open_answer} <= set(response):
         return ""
     return task.tokenizer.decode(response[len(response) - response[::-1].index(task.open_answer) :])
 
@@ -112,7 +112,7 @@ class Forked:
 def force_answers(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forks: int,
                   temperature: float, generator: torch.Generator | None) -> Forked:
     """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict."""
-    sampling = Sampling(task.answer_tokens, (task.stop,), temperature)
+    sampling = Sampling(task.answer_tokens, (task.close_answer,), temperature)
     return fork(model, task, rollouts, row, position, task.forced_stop, forks, sampling, generator)
 
 
@@ -161,7 +161,7 @@ def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
 def training_sampling(task, config: RunConfig) -> Sampling:
     """How training samples: room for the thinking budget and an answer, temperature and nothing else."""
     new_tokens = config.thinking_budget + len(task.forced_stop) + task.answer_tokens
-    return Sampling(new_tokens, (task.stop,), config.temperature)
+    return Sampling(new_tokens, (task.close_answer,), config.temperature)
 
 
 def example(task, rollouts: Rollouts, row: int, J: Sequence[float]) -> dict:

@@ -98,7 +98,7 @@ def beam_search(model: Llama, verifier: Verifier, task, problems: Sequence, conf
     prompts, keep = [task.prompt(problem) for problem in problems], max(1, n // 2)
     openings = (task.open_episode, task.go_back, task.close_thinking)
     limit = training_sampling(task, config)
-    episode = Sampling(task.attempt_tokens + 1, (*openings, task.stop), limit.temperature)
+    episode = Sampling(task.attempt_tokens + 1, (*openings, task.close_answer), limit.temperature)
     cache = prefill(model, prompts)
     beams = {p: [Trace(prompt, p, 0.0, False)] for p, prompt in enumerate(prompts)}  # of the problems that go on
     verdict, spent = [0.0] * len(problems), [0] * len(problems)
@@ -114,7 +114,7 @@ def beam_search(model: Llama, verifier: Verifier, task, problems: Sequence, conf
         for row, ((p, trace), tokens, v) in enumerate(zip(going, grown, values)):
             room = len(prompts[p]) + limit.max_new_tokens - len(tokens)  # a rollout would be cut where it is 0
             spent[p] += len(tokens) - len(trace.tokens) + min(room, 0)
-            answered = tokens[-1] == task.stop
+            answered = tokens[-1] == task.close_answer
             over = room < 0 or (room == 0 and not answered)
             pool[p].append(Trace(tokens, row, -np.inf if over else v, over or answered))
         beams = {p: survivors(traces, keep) for p, traces in pool.items()}
@@ -158,8 +158,8 @@ def linearised(model: Llama, task, problems: Sequence, config: RunConfig, attemp
     ends: list[list[int]] = [[] for _ in problems]
     opening = [task.open_episode for _ in problems]
     again = (task.open_episode, task.go_back)
-    episode = Sampling(task.attempt_tokens, (*again, task.close_thinking, task.stop), config.temperature)
-    answer = Sampling(task.answer_tokens, (task.stop,), 0.0)
+    episode = Sampling(task.attempt_tokens, (*again, task.close_thinking, task.close_answer), config.temperature)
+    answer = Sampling(task.answer_tokens, (task.close_answer,), 0.0)
     tail = 1 + task.attempt_tokens + len(task.forced_stop) + task.answer_tokens  # of an attempt, next to prompt and window
     found: list[list[Attempt]] = [[] for _ in problems]
     rows = range(len(problems))
@@ -177,7 +177,7 @@ def linearised(model: Llama, task, problems: Sequence, config: RunConfig, attemp
         for r in rows:
             drawn = new[r][-1] if len(kept[r]) < len(new[r]) else task.open_episode
             found[r].append(Attempt(len(new[r]), answer_text(task, forced[r]) or None, verdicts[r],
-                                    drawn in (task.close_thinking, task.stop)))
+                                    drawn in (task.close_thinking, task.close_answer)))
             thinking[r] += [opening[r], *kept[r]]
             ends[r].append(len(thinking[r]))
             opening[r] = drawn if drawn in again else task.open_episode

@@ -81,7 +81,7 @@ def packs(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def judged_places(task, rollouts: Rollouts) -> list[list[int]]:
     """Where each rollout is judged, as counts of tokens: after every episode, and after the answer if there is one."""
-    return [[start + end for end in task.episode_ends(rollouts.response(row))] + [len(tokens)] * (tokens[-1] == task.stop)
+    return [[start + end for end in task.episode_ends(rollouts.response(row))] + [len(tokens)] * (tokens[-1] == task.close_answer)
             for row, (start, tokens) in enumerate(zip(rollouts.prompt_length, rollouts.tokens))]
 
 

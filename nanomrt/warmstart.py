@@ -149,7 +149,7 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
                     if bar.n % 10 == 0:  # reading a loss waits for the device
                         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                     bar.update()
-            checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.stop}, state={"config": shaping(config)})
+            checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.close_answer}, state={"config": shaping(config)})
         failed = failed_gates(model, task, config)
         if not failed or force:
             return folder

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.countdown import Countdown
+from nanomrt.config import RunConfig
 from nanomrt.model import Llama, ModelConfig
 
 torch.set_num_threads(1)  # the models of the tests are too small to share out
@@ -20,7 +21,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="session")
 def task() -> Countdown:
-    return Countdown()
+    return Countdown(RunConfig())
 
 
 @pytest.fixture

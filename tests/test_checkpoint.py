@@ -25,14 +25,14 @@ def step(model: Llama, optimizer: torch.optim.Optimizer) -> None:
 def test_weights_and_config_survive(tmp_path, config, task, variant):
     """A model read back is the same function, for each architecture that the config can name."""
     model = Llama(replace(config, **variant)).initialise(torch.Generator().manual_seed(1))
-    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {"eos_token_id": task.stop})
+    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {"eos_token_id": task.close_answer})
     loaded = checkpoint.load_model(tmp_path / "step-000001")
     assert loaded.config == model.config
     assert same(loaded, model)
 
 
 def test_the_folder_is_what_hugging_face_expects(tmp_path, model, task):
-    checkpoint.save(tmp_path / "a", model, task.tokenizer, {"eos_token_id": task.stop})
+    checkpoint.save(tmp_path / "a", model, task.tokenizer, {"eos_token_id": task.close_answer})
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     written = json.loads((tmp_path / "a" / "config.json").read_text())

@@ -53,6 +53,13 @@ def test_seeds():
             compare.parse_seeds(wrong)
 
 
+@pytest.mark.parametrize("arms, seeds", [("grpo,grpo", "1"), ("grpo", "0,0"), ("mrt_online,mrt_online+alpha=1", "1")])
+def test_no_run_is_named_twice(arms, seeds, tmp_path):
+    """Two processes would train in one folder, and a run that counts twice makes intervals narrower than they are."""
+    with pytest.raises(UserError, match="name the run .* twice"):
+        compare.main(["config/tiny.py", "--algorithms", arms, "--seeds", seeds, "--results", str(tmp_path)])
+
+
 @pytest.mark.parametrize("arm, message", [("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"),
                                           ("grpo+alpha", "--alpha needs a value")])
 def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path):

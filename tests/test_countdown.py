@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.countdown import MAX_ANSWER_CHARS, SPLITS, Chain, Countdown, Problem, evaluate, last_answer, solve
+from nanomrt.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PROBLEM = Problem((3, 7, 4), 25)
@@ -23,6 +24,10 @@ VARIANTS = {
     "two of four": {"numbers": 4, "used": 2, "target_min": 5, "max_solutions": 4},
     "with division": {"operators": "+-*/", "max_solutions": 6},
 }
+
+
+def countdown(**keys) -> Countdown:
+    return Countdown(RunConfig(**keys))
 
 
 def answered(*expressions: str) -> str:
@@ -54,7 +59,7 @@ def test_what_is_no_expression_of_whole_numbers_is_rejected(expression):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert evaluate(expression) is None
-        assert Countdown().grade(PROBLEM, answered(expression)) == 0.0
+        assert countdown().grade(PROBLEM, answered(expression)) == 0.0
 
 
 def test_length_cap_is_exact():
@@ -94,7 +99,7 @@ def test_fractions_on_the_way_are_exact(task):
 
 def test_an_answer_with_too_few_numbers_does_not_count():
     """With two of four, an answer uses two numbers: not one, not three."""
-    task = Countdown(**VARIANTS["two of four"])
+    task = countdown(**VARIANTS["two of four"])
     problem = Problem((3, 7, 4, 10), 10)
     assert [task.grade(problem, answered(text)) for text in ("3 + 7", "10", "3 * 7 - 4 - 7", "7 + 4 - 1")] == [1.0, 0, 0, 0]
     assert task.grade(Problem((3, 7, 4, 10), 14), answered("3 + 7 + 4")) == 0.0
@@ -231,8 +236,8 @@ def test_every_chain_is_its_expression():
 
 def every_problem(task: Countdown) -> list[Problem]:
     """All sorted problems of a task that have a split."""
-    candidates = (Problem(numbers, target) for numbers in itertools.combinations(range(1, task.number_max + 1), task.numbers)
-                  for target in task.chains(Problem(numbers, 0)))
+    given = itertools.combinations(range(1, task.config.number_max + 1), task.config.numbers)
+    candidates = (Problem(numbers, target) for numbers in given for target in task.chains(Problem(numbers, 0)))
     return [problem for problem in candidates if task.split_of(problem)]
 
 
@@ -258,9 +263,9 @@ def test_split_membership_follows_the_settings(task):
     """Targets in range, 1 … max_solutions solutions; OOD is exactly "a large target with few solutions"."""
     for problem in every_problem(task):
         solutions = sum(value == problem.target for value, _ in
-                        chains_by_hand(problem.key[0], task.used, task.operators, task.max_value))
-        assert task.target_min <= problem.target <= task.target_max and 1 <= solutions <= task.max_solutions
-        hard = problem.target >= task.ood_target_min and solutions <= task.ood_max_solutions
+                        chains_by_hand(problem.key[0], task.config.used, task.config.operators, task.config.max_value))
+        assert task.config.target_min <= problem.target <= task.config.target_max and 1 <= solutions <= task.config.max_solutions
+        hard = problem.target >= task.config.ood_target_min and solutions <= task.config.ood_max_solutions
         assert (task.split_of(problem) == "ood") == hard
     assert task.split_of(Problem((1, 2, 3), 59)) is None
 
@@ -268,7 +273,7 @@ def test_split_membership_follows_the_settings(task):
 def test_problems_are_a_function_of_seed_and_split(task):
     """Same seed: same problems, from any instance; fewer are a prefix of more; another seed or split draws others."""
     drawn = task.problems("train", 20, 5)
-    assert drawn == Countdown().problems("train", 20, 5) and drawn[:7] == task.problems("train", 7, 5)
+    assert drawn == countdown().problems("train", 20, 5) and drawn[:7] == task.problems("train", 7, 5)
     assert len(drawn) == 20 and all(task.split_of(problem) == "train" for problem in drawn)
     assert drawn != task.problems("train", 20, 6) and drawn != task.problems("train", 20, "5/other")
 
@@ -284,7 +289,7 @@ def test_problems_leave_the_global_random_numbers_alone(task):
 
 def test_problems_are_the_same_in_every_process(task):
     """Python's randomised string hash plays no part."""
-    code = "from data.countdown import *; print([p.key for p in Countdown().problems('test', 8, 'a')])"
+    code = "from data.countdown import *; print([p.key for p in Countdown(RunConfig()).problems('test', 8, 'a')])"
     for hash_seed in "01":
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                               env={**os.environ, "PYTHONHASHSEED": hash_seed})
@@ -292,9 +297,8 @@ def test_problems_are_the_same_in_every_process(task):
 
 
 @pytest.mark.parametrize("settings_, split, message", [
-    ({"max_solutions": 0}, "train", "no train problem in 20,000 draws: widen .* or raise max_solutions"),
-    ({"ood_max_solutions": 0}, "ood", "no ood problem in 20,000 draws: lower ood_target_min or raise ood_max_solutions"),
-    ({"target_min": 61}, "train", "no train problem"),
+    ({"target_min": 61}, "train", "no train problem in 20,000 draws: widen .* or raise max_solutions"),
+    ({"ood_target_min": 61}, "ood", "no ood problem in 20,000 draws: lower ood_target_min or raise ood_max_solutions"),
     ({}, "training", "train, validation, test, ood"),
     ({"operators": "/", "number_max": 7}, "train", "no train problem"),  # no draw has any chain
     ({"operators": "-", "number_max": 3}, "train", "no train problem"),
@@ -302,17 +306,18 @@ def test_problems_are_the_same_in_every_process(task):
 def test_impossible_problems_are_a_clear_error(settings_, split, message):
     """If no problem of a split exists, `problems` ends with what to change instead of searching for ever."""
     with pytest.raises(ValueError, match=message):
-        Countdown(**settings_).problems(split, 1000, 0)  # however many are wanted, it gives up equally soon
+        countdown(**settings_).problems(split, 1000, 0)  # however many are wanted, it gives up equally soon
 
 
 @pytest.mark.parametrize("settings_, message", [
     ({"used": 4}, "used=4"), ({"used": 1}, "used=1"), ({"number_max": 2}, "number_max=2"),
-    ({"operators": "+^"}, "operators"), ({"operators": ""}, "operators"), ({"max_value": 50}, "max_value"),
+    ({"operators": "+^"}, "operators"), ({"operators": "++"}, "each once"),
+    ({"operators": ""}, "operators"), ({"max_value": 50}, "max_value"),
 ], ids=str)
 def test_impossible_tasks_are_refused(settings_, message):
     """The constructor names the setting that cannot be."""
     with pytest.raises(ValueError, match=message):
-        Countdown(**settings_)
+        countdown(**settings_)
 
 
 # --- Prompts, parsing, showing ---
@@ -338,7 +343,7 @@ def test_parse_errors_say_what_is_expected(text, message, task):
 def test_a_prompt_has_a_token_for_everything(task):
     """numbers, each number, target, its number, <think>: numbers + 4 tokens, none unknown."""
     prompt = task.prompt(Problem((3, 10, 4), 60))
-    assert len(prompt) == task.numbers + 4 and prompt[-1] == task.open_thinking
+    assert len(prompt) == task.config.numbers + 4 and prompt[-1] == task.open_thinking
     assert task.tokenizer.id("<unk>") not in prompt
     assert task.tokenizer.decode(prompt) == "numbers 3 10 4 target 60 <think>"
 
@@ -373,13 +378,13 @@ def check_trace(task: Countdown, problem: Problem, ids: list[int], weights: list
         for op, number, result in zip(attempt[1:-1:3], attempt[2:-1:3], attempt[3:-1:3]):
             a, b = value, int(number)
             value = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a / b
-            assert value == int(result) and 1 <= value <= task.max_value
+            assert value == int(result) and 1 <= value <= task.config.max_value
             used.append(b)
-        assert len(used) == task.used
+        assert len(used) == task.config.used
         assert all(used.count(number) <= problem.numbers.count(number) for number in used)
         assert attempt[-1] == ("yes" if value == problem.target else "no")
         solved |= value == problem.target
-    assert last_answer(text) is not None and ids[-1] == task.stop
+    assert last_answer(text) is not None and ids[-1] == task.close_answer
     answer = ids[ids.index(task.close_thinking) :]
     assert answer[:2] == task.forced_stop and len(answer) == 2 + task.answer_tokens
     if solved:
@@ -391,9 +396,9 @@ def check_trace(task: Countdown, problem: Problem, ids: list[int], weights: list
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_works_end_to_end(name):
     """Problem, prompt, trace, episodes, answer and verdict agree for other counts of numbers and for division."""
-    task = Countdown(**VARIANTS[name])
+    task = countdown(**VARIANTS[name])
     for problem, ids, weights in traces(task, 60):
-        assert len(task.prompt(problem)) == task.numbers + 4
+        assert len(task.prompt(problem)) == task.config.numbers + 4
         check_trace(task, problem, ids, weights)
         assert {task.grade(problem, answered(" ".join(chain.expression)))
                 for chain in task.chains(problem)[problem.target]} == {1.0}
@@ -401,7 +406,7 @@ def test_every_variant_works_end_to_end(name):
 
 def test_division_occurs_in_traces():
     """The variant with division really divides."""
-    task = Countdown(**VARIANTS["with division"])
+    task = countdown(**VARIANTS["with division"])
     assert any(task.tokenizer.id("/") in ids for _, ids, _ in traces(task, 20))
 
 
@@ -429,7 +434,7 @@ def frequencies(task: Countdown, count: int) -> dict[str, float]:
     happened = dict(chance)
     for _, ids, _ in traces(task, count):
         attempts = [" ".join(attempt) for attempt in attempts_of(task, ids)]
-        for i in range(min(len(attempts) + 1, task.max_attempts)):
+        for i in range(min(len(attempts) + 1, task.config.trace_max_attempts)):
             found, more = any(attempt.endswith("yes") for attempt in attempts[:i]), i < len(attempts)
             kind, event = ("go_on", more) if found else ("give_up", not more)
             chance[kind] += 1
@@ -446,27 +451,28 @@ def frequencies(task: Countdown, count: int) -> dict[str, float]:
                                    {"repeat": 0.5, "go_on": 0.7, "give_up": 0.2}], ids=str)
 def test_flaws_have_the_frequencies_of_their_keys(rates):
     """Without hints, a repeated failure, one more check of a success and an early end occur as often as configured."""
-    measured = frequencies(Countdown(hint=0.0, max_solutions=4, **rates), 1500)
+    keys = {f"trace_{name}": rate for name, rate in rates.items()}
+    measured = frequencies(countdown(trace_hint=0.0, max_solutions=4, **keys), 1500)
     for name, rate in rates.items():
         assert abs(measured[name] - rate) < 0.04, (name, measured[name])
 
 
 def test_extreme_rates_are_exact():
     """repeat=0: no attempt twice; go_on=0: nothing after a `yes`; give_up=0: no end without a `yes` or all attempts."""
-    task = Countdown(repeat=0.0, go_on=0.0, give_up=0.0, hint=0.0)
+    task = countdown(trace_repeat=0.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0)
     for _, ids, _ in traces(task, 150):
         attempts = attempts_of(task, ids)
         checks = [attempt[-1] for attempt in attempts]
         assert len({tuple(attempt) for attempt in attempts}) == len(attempts)
         assert "yes" not in checks[:-1]
-        assert checks[-1] == "yes" or len(attempts) == task.max_attempts
+        assert checks[-1] == "yes" or len(attempts) == task.config.trace_max_attempts
 
 
 def test_a_hint_is_a_solution():
     """hint=1: every attempt that is no repetition reaches the target; give_up=1: no attempt at all, just a guess."""
-    for _, ids, _ in traces(Countdown(hint=1.0, repeat=0.0, give_up=0.0), 30):
-        assert {attempt[-1] for attempt in attempts_of(Countdown(), ids)} == {"yes"}
-    guesser = Countdown(give_up=1.0)
+    for _, ids, _ in traces(countdown(trace_hint=1.0, trace_repeat=0.0, trace_give_up=0.0), 30):
+        assert {attempt[-1] for attempt in attempts_of(countdown(), ids)} == {"yes"}
+    guesser = countdown(trace_give_up=1.0)
     for problem, ids, weights in traces(guesser, 30):
         assert ids[0] == guesser.close_thinking and guesser.episode_ends(ids) == []
         check_trace(guesser, problem, ids, weights)
@@ -474,7 +480,8 @@ def test_a_hint_is_a_solution():
 
 # --- Going back ---
 
-BACK = Countdown(backtrack=1.0, give_up=0.0, hint=0.0, go_on=0.0)  # after a failure it always goes back
+BACK = countdown(trace_backtrack=1.0, trace_give_up=0.0, trace_hint=0.0, trace_go_on=0.0)
+# after a failure it always goes back
 
 
 def test_an_attempt_from_a_running_result():
@@ -488,7 +495,8 @@ def test_an_attempt_from_a_running_result():
 def test_back_from_shares_what_it_keeps_and_ends_right_if_it_can(used):
     """The first kept + 1 numbers and kept operations are the failed attempt's, kept is anything below used - 1 equally often, and
     the way is another one that reaches the target, if any does, else any other; without another: the same, from the beginning."""
-    task, rng, counts, alone = Countdown(**VARIANTS["four of four" if used == 4 else "three of three"]), random.Random(0), [], 0
+    task = countdown(**VARIANTS["four of four" if used == 4 else "three of three"])
+    rng, counts, alone = random.Random(0), [], 0
     for problem in task.problems("train", 20, "back"):
         proposals = [chain for chains in task.chains(problem).values() for chain in chains]
         for failed in rng.choices([chain for chain in proposals if chain.results[-1] != problem.target], k=20):
@@ -506,7 +514,7 @@ def test_back_from_shares_what_it_keeps_and_ends_right_if_it_can(used):
     assert set(counts) == set(range(used - 1))
     assert alone < 60 and abs(counts.count(0) / 400 - 1 / (used - 1)) < 0.1
     only = Chain((7, 4, 3), ("+", "*"), (11, 33))
-    assert Countdown().back_from(only, [only], 25, rng) == (only, 0)
+    assert countdown().back_from(only, [only], 25, rng) == (only, 0)
 
 
 def episodes_of(task: Countdown, ids: list[int]) -> list[list[str]]:
@@ -519,7 +527,7 @@ def episodes_of(task: Countdown, ids: list[int]) -> list[list[str]]:
 def test_backtracking_traces_are_right_in_their_arithmetic(name):
     """Each `<back>` names a running result of the attempt before it, as that stands with all that it had kept; its chain uses the
     numbers kept and its own, each as often as given; what it says of the target is true; the answer is the last attempt's."""
-    task, back = Countdown(**VARIANTS[name], backtrack=0.7), 0
+    task, back = countdown(**VARIANTS[name], trace_backtrack=0.7), 0
     for problem, ids, weights in traces(task, 60):
         numbers, results = [], []
         for episode in episodes_of(task, ids):
@@ -533,9 +541,9 @@ def test_backtracking_traces_are_right_in_their_arithmetic(name):
             value = Fraction(int(first))
             for op, number, result in zip(steps[::3], map(int, steps[1::3]), map(int, steps[2::3])):
                 value = {"+": value + number, "-": value - number, "*": value * number, "/": value / number}[op]
-                assert value == result and 1 <= value <= task.max_value
+                assert value == result and 1 <= value <= task.config.max_value
                 numbers, results = [*numbers, number], [*results, result]
-            assert len(numbers) == task.used and all(numbers.count(n) <= problem.numbers.count(n) for n in numbers)
+            assert len(numbers) == task.config.used and all(numbers.count(n) <= problem.numbers.count(n) for n in numbers)
             assert check == ("yes" if value == problem.target else "no")
         if numbers:
             value, used = evaluate(last_answer(task.tokenizer.decode(ids)))
@@ -563,7 +571,7 @@ def test_weights_of_going_back():
 def test_how_often_a_failure_is_gone_back_from(rate):
     """With used = 3 half of the ways back keep the first operation, and read `<back>` where it has another way on; the other
     half keep the first number and read as a new `<try>`. After a success or at first there is no going back."""
-    task = Countdown(backtrack=rate, repeat=0.0, hint=0.0, max_solutions=4)
+    task = countdown(trace_backtrack=rate, trace_repeat=0.0, trace_hint=0.0, max_solutions=4)
     backs, chances, other = 0, 0, 0
     for problem, ids, _ in traces(task, 500):
         rows = episodes_of(task, ids)
@@ -611,9 +619,9 @@ def test_episode_ends(response, ends, task):
 @given(st.lists(st.sampled_from(["<try>", "<back>", "3", "no", "</think>", "</answer>"]), max_size=25))
 def test_episodes_partition_the_thinking(words):
     """With an episode, 0 < ends ascending, the last is where the thinking ends, and each has exactly one `<try>` or `<back>`."""
-    task = Countdown()
+    task = countdown()
     ids = task.tokenizer.encode(" ".join(words))
-    thinking = list(itertools.takewhile(lambda token: token not in (task.close_thinking, task.stop), ids))
+    thinking = list(itertools.takewhile(lambda token: token not in (task.close_thinking, task.close_answer), ids))
     ends = task.episode_ends(ids)
     parts = [ids[a:b] for a, b in zip([0, *ends], ends)]
     opens = lambda ids: ids.count(task.open_episode) + ids.count(task.go_back)
@@ -692,7 +700,7 @@ def test_who_gave_up(task, response, gave_up):
 
 def test_a_way_back_is_compared_as_the_whole_chain_that_it_stands_for():
     """7 + 4 = 11, back to 11 and - 3: the proposal (7 + 4) - 3. Back to what the last attempt does not hold: no proposal."""
-    task = Countdown(backtrack=0.5)
+    task = countdown(trace_backtrack=0.5)
     expressions = lambda response: [" ".join(chain.expression) for chain in task.proposals(task.tokenizer.encode(response))]
     assert expressions(f"{MISS} <back> 11 - 3 8 no") == ["( 7 + 4 ) * 3", "( 7 + 4 ) - 3"]
     assert expressions(f"{MISS} <back> 11 - 3 8 no <back> 11 * 3 33 no")[2] == "( 7 + 4 ) * 3"
@@ -709,7 +717,7 @@ def test_a_way_back_is_compared_as_the_whole_chain_that_it_stands_for():
 @pytest.mark.parametrize("numbers", [3, 4])
 def test_ways_back_of_warm_traces_stand_for_chains_that_the_oracle_knows(numbers):
     """Every proposal of a trace is one of the problem's chains, and it hits where its check says so."""
-    task = Countdown(numbers=numbers, used=numbers, target_max=60, max_solutions=20, backtrack=0.6)
+    task = countdown(numbers=numbers, used=numbers, target_max=60, max_solutions=20, trace_backtrack=0.6)
     back = 0
     for problem, ids, _ in traces(task, 60):
         written, proposals = list(task.attempts(ids)), task.proposals(ids)
@@ -724,16 +732,16 @@ def test_ways_back_of_warm_traces_stand_for_chains_that_the_oracle_knows(numbers
 
 def test_habits_of_warm_traces_are_the_flaws_of_their_keys():
     """Exact at the extremes: always looping, never repeating, checking on and on, giving up at once."""
-    measure = lambda task, count: task.habits(*list(zip(*traces(task, count)))[:2], 9 * task.max_attempts)
-    looping = measure(Countdown(repeat=1.0, go_on=0.0, give_up=0.0, hint=0.0), 100)
+    measure = lambda task, count: task.habits(*list(zip(*traces(task, count)))[:2], 9 * task.config.trace_max_attempts)
+    looping = measure(countdown(trace_repeat=1.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0), 100)
     assert looping["loops"] == looping["repeats"] == 1 and looping["rechecks"] == looping["gave_up"] == 0
-    searching = measure(Countdown(repeat=0.0, go_on=0.0, give_up=0.0, hint=0.0), 100)
+    searching = measure(countdown(trace_repeat=0.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0), 100)
     assert searching["loops"] == searching["repeats"] == searching["gave_up"] == 0
-    assert measure(Countdown(repeat=0.0, go_on=1.0, give_up=0.0, hint=1.0), 50) == {
+    assert measure(countdown(trace_repeat=0.0, trace_go_on=1.0, trace_give_up=0.0, trace_hint=1.0), 50) == {
         "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "gave_up": 0}
-    assert measure(Countdown(give_up=1.0), 30) == {
+    assert measure(countdown(trace_give_up=1.0), 30) == {
         "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1}
-    rate = measure(Countdown(repeat=0.4, go_on=0.5, give_up=0.1, hint=0.0), 800)
+    rate = measure(countdown(trace_repeat=0.4, trace_go_on=0.5, trace_give_up=0.1, trace_hint=0.0), 800)
     assert rate["loops"] == pytest.approx(0.4, abs=0.03) and rate["rechecks"] == pytest.approx(1, abs=0.15)
 
 

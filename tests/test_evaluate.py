@@ -20,7 +20,6 @@ from evaluate import (
     evaluate_policy,
     sample_chunk,
     summary_table,
-    thinking_tokens,
 )
 from nanomrt import checkpoint, search, verifier
 from nanomrt.config import RunConfig, save_config
@@ -146,9 +145,9 @@ def test_the_grid_ends_at_the_largest_budget(task):
 
 def test_where_thinking_ends_and_what_is_voted_for(task):
     encode = task.tokenizer.encode
-    assert thinking_tokens(task, encode("<try> 3 yes </think> <answer> 3 </answer>")) == 3
-    assert thinking_tokens(task, encode("<try> 3 no")) == 3  # cut off
-    assert thinking_tokens(task, encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
+    assert task.thinking_tokens(encode("<try> 3 yes </think> <answer> 3 </answer>")) == 3
+    assert task.thinking_tokens(encode("<try> 3 no")) == 3  # cut off
+    assert task.thinking_tokens(encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
     assert answer_text(task, encode("</think> <answer> 3 <answer> 3 + 4 </answer>")) == "3 + 4 </answer>"
     assert answer_text(task, encode("<try> <answer> 3 + 4 </answer>")) == ""  # the thinking never ended: no verdict, no vote
     assert answer_text(task, encode("</think> <answer> 3 + 4")) == answer_text(task, encode("<try> </answer>")) == ""

@@ -127,7 +127,7 @@ def run(config, task, tmp_path) -> Path:
         model.model.embed_tokens.weight.mul_(30)
         model.lm_head.weight.mul_(15)
         model.lm_head.weight[task.open_episode] *= 2.5
-        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.5
+        model.lm_head.weight[[task.close_thinking, task.close_answer]] *= 1.5
     checkpoint.save(tmp_path / "run/checkpoints/step-000001", model, task.tokenizer, {})
     save_config(replace(CONFIG, group_size=4, thinking_budget=40), tmp_path / "run/config.json")
     return tmp_path / "run"
@@ -142,9 +142,9 @@ def test_the_command_shows_every_credit_for_both_decisions(run, monkeypatch, cap
 
 
 def test_a_run_with_a_key_that_only_its_own_credit_has_can_be_asked(run, monkeypatch, capsys):
-    """J is asked for with a method that hasn't J_discount; so hasn't grpo."""
+    """grpo hasn't J_discount."""
     monkeypatch.setattr(Countdown, "grade", lambda task, problem, response: float(zlib.crc32(response.encode()) % 2))
-    save_config(replace(read_config(run / "config.json"), J_discount=0.9), run / "config.json")
+    save_config(replace(read_config(run / "config.json"), J_discount=0.9, repeat_penalty=0.1), run / "config.json")
     words = [str(run), "--problems", "6", "--algorithms"]
     assert influence.main([*words, "mrt_online,grpo+J_discount=1"]) == 0 and "| mrt_online |" in capsys.readouterr().out
     with pytest.raises(UserError, match="J_discount belongs to"):

@@ -29,7 +29,7 @@ class Verdicts(Countdown):
 
 @pytest.fixture
 def task() -> Countdown:
-    return Verdicts()
+    return Verdicts(RunConfig())
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def model(config, task) -> Llama:
         model.model.embed_tokens.weight.mul_(30)
         model.lm_head.weight.mul_(15)
         model.lm_head.weight[task.open_episode] *= 2.5
-        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.5
+        model.lm_head.weight[[task.close_thinking, task.close_answer]] *= 1.5
     return model
 
 
@@ -375,13 +375,13 @@ def test_written_traces_are_learned_as_a_whole(model, task):
 
 def test_search_traces_are_the_warm_starts(task, asked):
     """`group_size` different traces of each problem, flaws included, that nobody sampled: no token, no log-prob, no model."""
-    task, nobody = Countdown(backtrack=0.5), SimpleNamespace(device="cpu")
+    task, nobody = Countdown(RunConfig(trace_backtrack=0.5)), SimpleNamespace(device="cpu")
     gathered = gather(nobody, task, settings("sft"))
     assert not asked and gathered.trace_tokens == gathered.fork_tokens == 0 and gathered.episodes is None
     assert not gathered.batch.logprob.any() and gathered.batch.finished.all() and 0 < gathered.batch.reward.mean() < 1
     responses = [gathered.rollouts.response(r) for r in range(PROBLEMS * GROUP)]
     assert len(set(map(tuple, responses))) == len(responses) and any(task.go_back in response for response in responses)
-    assert all(response[-1] == task.stop and response.count(task.close_thinking) == 1 for response in responses)
+    assert all(response[-1] == task.close_answer and response.count(task.close_thinking) == 1 for response in responses)
     rewards = task.audit(gathered.rollouts.problems, responses, gathered.rollouts.reward)
     assert set(rewards.values()) == {1.0}  # no flaw in the arithmetic: the flaws are in the search
 

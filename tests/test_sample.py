@@ -37,7 +37,7 @@ def test_thinking_episode_by_episode_equals_uncached_greedy_decoding(model, task
     expected = []
     while len(expected) < budget:
         token = greedy(model, prompt + expected)
-        if token in (task.close_thinking, task.stop):
+        if token in (task.close_thinking, task.close_answer):
             break
         expected.append(token)
     # A `<try>` that the budget leaves without an attempt is the one token that may be missing at the end.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.countdown import Countdown
 from nanomrt import sampler
+from nanomrt.config import RunConfig
 from nanomrt.cudagraph import Recording
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import Rollouts, boundaries, branch, continue_from, force_answers, roll_out
@@ -664,17 +665,17 @@ class Fingerprint(Countdown):
 @pytest.fixture
 def rollouts(model) -> Rollouts:
     """40 traces of a talkative model: it often says `<try>`, and sometimes `</think>` and `</answer>`."""
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     with torch.no_grad():
         model.lm_head.weight[task.open_episode] *= 2
-        model.lm_head.weight[[task.close_thinking, task.stop]] *= 1.3
+        model.lm_head.weight[[task.close_thinking, task.close_answer]] *= 1.3
     problems = task.problems("train", 10, 0)
-    return roll_out(model, task, problems, 4, Sampling(40, (task.stop,), 1.0), generator(3))
+    return roll_out(model, task, problems, 4, Sampling(40, (task.close_answer,), 1.0), generator(3))
 
 
 def test_roll_out(rollouts):
     """group_size rows per problem, in order: prompt, response, verdict on the response, and the sampler's own record."""
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     problems = task.problems("train", 10, 0)
     assert rollouts.problems == [problem for problem in problems for _ in range(4)]
     assert rollouts.prompt_id == [i for i in range(10) for _ in range(4)]
@@ -690,7 +691,7 @@ def test_batch_is_the_rollouts_laid_flat(rollouts, model):
     batch = rollouts.batch()
     assert batch.tokens.tolist() == sum(rollouts.tokens, []) and batch.lengths.tolist() == list(map(len, rollouts.tokens))
     assert batch.prompt_id.tolist() == rollouts.prompt_id and torch.equal(batch.reward, torch.tensor(rollouts.reward))
-    assert batch.finished.tolist() == [row[-1] == Fingerprint().stop for row in rollouts.tokens]
+    assert batch.finished.tolist() == [row[-1] == Fingerprint(RunConfig()).close_answer for row in rollouts.tokens]
     assert batch.finished.any() and not batch.finished.all()
     actions, logprobs = (x.split(batch.lengths.tolist()) for x in (batch.is_action, batch.logprob))
     for r, (row, table) in enumerate(zip(rollouts.tokens, logps(model, rollouts.tokens), strict=True)):
@@ -704,12 +705,12 @@ def test_batch_is_the_rollouts_laid_flat(rollouts, model):
 
 def test_a_continuation_trains_only_what_it_added(rollouts, model):
     """A trace cut and continued, with or without forced tokens: prompt, kept prefix and forced tokens carry no action."""
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     cut = [n + (len(row) - n) // 2 for n, row in zip(rollouts.prompt_length, rollouts.tokens, strict=True)]
     contexts = [row[:p] for row, p in zip(rollouts.tokens, cut, strict=True)]
     forced = [task.forced_stop if r % 2 else [] for r in range(40)]
     more = continue_from(model, task, rollouts.problems, rollouts.samples.segments(), range(40), contexts, forced,
-                         rollouts.prompt_id, Sampling(9, (task.stop,), 1.0), generator(4))
+                         rollouts.prompt_id, Sampling(9, (task.close_answer,), 1.0), generator(4))
     batch = more.batch()
     actions, logprobs = (x.split(batch.lengths.tolist()) for x in (batch.is_action, batch.logprob))
     for r, (row, table) in enumerate(zip(more.tokens, logps(model, more.tokens), strict=True)):
@@ -726,7 +727,7 @@ def greedy_answers(model: Llama, task: Countdown, contexts: list[list[int]]) -> 
     """What follows each context greedily, every token from scratch, up to the stop token or the room for an answer."""
     rows = [[*context, *task.forced_stop] for context in contexts]
     for _ in range(task.answer_tokens):
-        open_rows = [r for r, row in enumerate(rows) if row[-1] != task.stop or len(row) == len(contexts[r]) + 2]
+        open_rows = [r for r, row in enumerate(rows) if row[-1] != task.close_answer or len(row) == len(contexts[r]) + 2]
         for r, table in zip(open_rows, logps(model, [rows[r] for r in open_rows]), strict=True):
             rows[r] = [*rows[r], int(table[-1].argmax())]
     return [row[len(context) :] for row, context in zip(rows, contexts, strict=True)]
@@ -738,7 +739,7 @@ def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
     Among the traces are some that said `</answer>` while thinking: a stop token is never cached, so no boundary may lie
     behind it.
     """
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     places = list(zip(*boundaries(task, rollouts), strict=True))
     stray = [r for r, _ in places if rollouts.samples.stopped[r] and task.close_thinking not in rollouts.tokens[r]]
     assert len(places) > 50 and stray
@@ -757,8 +758,8 @@ def test_forced_answers_are_the_greedy_answers_from_scratch(model, rollouts):
 
 def test_rollouts_with_equal_contexts_share_their_forks(model, rollouts):
     """Also sampled answers: J_0 of a prompt is one estimate, not one per rollout."""
-    row, position = boundaries(Fingerprint(), rollouts)
-    J = force_answers(model, Fingerprint(), rollouts, row, position, 2, 1.0, generator()).J
+    row, position = boundaries(Fingerprint(RunConfig()), rollouts)
+    J = force_answers(model, Fingerprint(RunConfig()), rollouts, row, position, 2, 1.0, generator()).J
     first = {}
     for r, p, value in zip(row, position, J.tolist(), strict=True):
         assert first.setdefault(tuple(rollouts.tokens[r][:p]), value) == value
@@ -767,7 +768,7 @@ def test_rollouts_with_equal_contexts_share_their_forks(model, rollouts):
 
 def test_several_forks_are_averaged_per_boundary(model, rollouts):
     """Forks that are all greedy average to the one greedy answer; the order of the boundaries is kept; tokens add up."""
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     row, position = (x[:40] for x in boundaries(task, rollouts))
     one = force_answers(model, task, rollouts, row, position, 1, 0.0, None)
     three = force_answers(model, task, rollouts, row, position, 3, 0.0, None)
@@ -779,13 +780,13 @@ def test_several_forks_are_averaged_per_boundary(model, rollouts):
 
 def test_no_boundary_costs_nothing(model, rollouts):
     """No place to ask: no J, no token."""
-    nothing = force_answers(model, Fingerprint(), rollouts, [], [], 2, 1.0, generator())
+    nothing = force_answers(model, Fingerprint(RunConfig()), rollouts, [], [], 2, 1.0, generator())
     assert nothing.J.shape == (0,) and nothing.generated == 0
 
 
 def test_boundaries_enclose_the_episodes(rollouts):
     """Each rollout with an episode contributes b_0 at the end of its prompt and one boundary per episode; others none."""
-    task = Fingerprint()
+    task = Fingerprint(RunConfig())
     row, position = boundaries(task, rollouts)
     expected = []
     for r, n in enumerate(rollouts.prompt_length):

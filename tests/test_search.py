@@ -110,7 +110,7 @@ def test_a_cold_policys_beam_of_one_is_its_rollout(task, model):
 
 def test_only_the_best_partial_traces_are_gone_on_from(task, model):
     """A judge that likes small token sums and no answers: what it sees next always extends one of the two that it liked best."""
-    judge = Judge(lambda row: 0.0 if row[-1] == task.stop else 1 / (1 + sum(row)))
+    judge = Judge(lambda row: 0.0 if row[-1] == task.close_answer else 1 / (1 + sum(row)))
     problem = task.problems("test", 1, 0)
     prompt = task.prompt(problem[0])
     _, [spent] = beam_search(model, judge, task, problem, RUN, 4, seeded(3))
@@ -126,7 +126,7 @@ def test_a_beam_ends_with_its_best_trace_and_its_verdict(task):
     """A judge that loves an answer ends the search as soon as there is one; one that hates it lets it stand to the end."""
     policy = Scripted(task, 20, 15)
     for love in (1.0, 0.0):
-        judge = Judge(lambda row, love=love: love if row[-1] == task.stop else 0.5)
+        judge = Judge(lambda row, love=love: love if row[-1] == task.close_answer else 0.5)
         assert beam_search(policy, judge, task, [SOLVED], RUN, 2, seeded()) == ([1.0], [60])
 
 
@@ -206,12 +206,12 @@ def test_attempts_and_answers_come_from_what_the_window_holds(task, model, conte
     """A cold policy's linearised trace, token by token, against forward passes over the contexts that it was shown."""
     cold, [problem] = replace(RUN, temperature=1e-4), task.problems("test", 1, 0)
     [trace] = linearised(model, task, [problem], cold, 4, 2, seeded())
-    marks = (task.open_episode, task.go_back, task.close_thinking, task.stop)
+    marks = (task.open_episode, task.go_back, task.close_thinking, task.close_answer)
     with torch.no_grad():
         for [context], attempt in zip(contexts, trace):
             new = greedy(model, context, task.attempt_tokens, marks)
             kept = new[:-1] if new[-1] in marks else new
-            answer = greedy(model, context + kept + task.forced_stop, task.answer_tokens, (task.stop,))
+            answer = greedy(model, context + kept + task.forced_stop, task.answer_tokens, (task.close_answer,))
             assert attempt.tokens == len(new) and attempt.closed == (new[-1] in marks[2:])
             assert attempt.answer == (answer_text(task, task.forced_stop + answer) or None)
 

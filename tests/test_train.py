@@ -38,7 +38,7 @@ def warm_started(tmp_path_factory) -> Path:
     """The folder of a warm start that is good enough for rewards to differ: without them, every gradient would be 0."""
     out = tmp_path_factory.mktemp("warm")
     config = load_config(ROOT / "config/tiny.py", parse_overrides([*FAST, f"--out_dir={out}"]))
-    return cached_warm_start(Countdown.from_config(config), config, "cpu", force=False)
+    return cached_warm_start(Countdown(config), config, "cpu", force=False)
 
 
 @pytest.fixture
@@ -357,13 +357,18 @@ def test_k1_is_a_price_in_the_reward(model, on_policy, monkeypatch):
 
 
 def test_skipping_equal_groups_and_masking_cut_off_rollouts_leave_the_others(model, on_policy, tmp_path):
-    """Here both leave out the first rollout: its group has one reward, and it was cut off."""
+    """Here both leave out the first rollout: nothing of its group has an advantage, and it was cut off. It is left out of the
+    number of tokens, too; and skipping leaves nobody out who has an advantage, whatever the rewards of the group."""
     batch, advantage = on_policy
     rows = torch.tensor([1, 2])
+    some = advantage.clone()
+    some[batch.flat(torch.tensor([0]))] = 0.0
     others = update_gradient(model, batch.take(rows), advantage[batch.flat(rows)], tmp_path, algorithm="grpo")
     for switch in ({"equal_groups": "skip"}, {"truncated": "mask"}):
-        assert same(others, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo", **switch))
-    assert not same(others, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo"))
+        assert same(others, update_gradient(model, batch, some, tmp_path, algorithm="grpo", **switch))
+    assert not same(others, update_gradient(model, batch, some, tmp_path, algorithm="grpo"))
+    everyone = update_gradient(model, batch, advantage, tmp_path, algorithm="grpo")
+    assert same(everyone, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo", equal_groups="skip"))
 
 
 @pytest.mark.parametrize("ratio, weight", [(4.0, 2.0), (0.25, 0.25)])
@@ -439,7 +444,7 @@ def test_who_fails_a_gate_gets_a_second_stage(out, monkeypatch, measured, stages
     seen = []
     monkeypatch.setattr(warmstart, "gates", lambda model, task, config: seen.append(model.head.clone()) or
                         {"result": (measured[len(seen) - 1], 0.5)})
-    start = lambda: cached_warm_start(Countdown.from_config(config), config, "cpu", force=False)
+    start = lambda: cached_warm_start(Countdown(config), config, "cpu", force=False)
     if ready:
         start()
     else:
@@ -455,7 +460,7 @@ def test_a_stage_is_kept_for_who_needs_it(out, monkeypatch):
     a config starts from doesn't depend on what ran before."""
     config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(out), warm_steps=2, warm_batch=2)
     monkeypatch.setattr(warmstart, "gates", lambda model, task, config: {"result": (0.5, config.gate_result)})
-    start = lambda gate, force=False: cached_warm_start(Countdown.from_config(config), replace(config, gate_result=gate), "cpu",
+    start = lambda gate, force=False: cached_warm_start(Countdown(config), replace(config, gate_result=gate), "cpu",
                                                         force=force)
     assert start(0.9, force=True) == start(0.4) == warm_folder(config)
     assert not warm_folder(config, STAGES[1]).exists()
