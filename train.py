@@ -23,7 +23,7 @@ from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
-from nanomrt.model import Llama, Packed
+from nanomrt.model import Llama, Packed, packs
 from nanomrt.mrt import Batch, clipped_loss, in_teaching_group, kl_penalty, likelihood_loss, token_weights
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
@@ -202,14 +202,7 @@ def learning_rate(config: RunConfig, done: int) -> float:
 def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
     """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row): padding stays small."""
     order = lengths.argsort(stable=True)
-    parts, room = [[]], limit
-    for row, length in zip(order.tolist(), lengths[order].tolist()):
-        if parts[-1] and length > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(row)
-        room -= length
-    return [torch.tensor(part, device=lengths.device) for part in parts]
+    return [order[part.start : part.stop] for part in packs(lengths[order].tolist(), limit)]
 
 
 def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:

@@ -13,6 +13,7 @@ Dimension key: N packed tokens, C width, H query heads, K key/value heads, D hea
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,6 +76,18 @@ class Packed:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernels.attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+
+
+def packs(lengths: Sequence[int], limit: int) -> Iterator[range]:
+    """Neighbouring sequences that share a forward pass: at most `limit` tokens, or one sequence that is longer."""
+    first = total = 0
+    for i, length in enumerate(lengths):
+        if i > first and total + length > limit:
+            yield range(first, i)
+            first, total = i, 0
+        total += length
+    if len(lengths):
+        yield range(first, len(lengths))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

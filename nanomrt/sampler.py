@@ -29,7 +29,7 @@ from torch import Tensor
 
 import kernels
 from nanomrt.cudagraph import recording
-from nanomrt.model import Attend, Llama, Packed, compute_dtype, mixed_precision
+from nanomrt.model import Attend, Llama, Packed, compute_dtype, mixed_precision, packs
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
@@ -126,16 +126,12 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32
     step = torch.arange(max(*lengths, SHORTEST), device=device)  # (L,)
     inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
     keys, values = (new_cache(model, len(prompts), len(step)) for _ in range(2))
-    first = 0
-    while first < len(prompts):
-        last, total = first + 1, lengths[first]
-        while last < len(prompts) and total + lengths[last] <= max_tokens:
-            last, total = last + 1, total + lengths[last]
-        packed = Packed.of(torch.tensor(lengths[first:last], device=device))
-        tokens = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=device)  # (N,)
-        place = inside[first:last].nonzero(as_tuple=True)  # (N,), (N,)
-        model(tokens, packed.position_ids, Recorder(packed, keys[:, first:last], values[:, first:last], place))
-        first = last
+    for pack in packs(lengths, max_tokens):
+        some = slice(pack.start, pack.stop)
+        packed = Packed.of(torch.tensor(lengths[some], device=device))
+        tokens = torch.tensor([token for prompt in prompts[some] for token in prompt], device=device)  # (N,)
+        place = inside[some].nonzero(as_tuple=True)  # (N,), (N,)
+        model(tokens, packed.position_ids, Recorder(packed, keys[:, some], values[:, some], place))
     return Segments(keys, values, step.expand_as(inside).masked_fill(~inside, EMPTY))
 
 
@@ -158,7 +154,8 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     fitting = (free - kept) // (T * token)
     if fitting < 1:
         raise ValueError(f"a cache of {T} new tokens takes {T * token / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
-                         f"but {free / 1e9:.2f} GB are free: sample fewer rows at a time or lower the budget of new tokens")
+                         f"but there is room for {free / 1e9:.2f} GB: sample fewer rows at a time or lower the budget of new "
+                         "tokens")
     return min(fitting, R, MOST_ROWS[device.type])
 
 
@@ -207,8 +204,12 @@ class Slots:
                                         self.place, *own, length + 1)
 
     def turn_over(self, rows: "Rows") -> bool:
-        """Finished rows leave. Their slots go to rows that wait; of those that stay free, the last slots' rows take the first.
-        Returns whether anything changed."""
+        """Finished rows leave. Their slots go to rows that wait; those that stay free are closed by the rows of the last slots.
+        Returns whether anything changed.
+
+        Of 6 slots those of 1, 3 and 5 have finished, and row 9 waits: slot 1 takes row 9, so 4 slots remain; 3 is a hole among
+        them, and the row of slot 4 moves into it.
+        """
         finished = rows.finished[self.row]  # (n,)
         count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
         if 8 * count < n:
@@ -218,16 +219,16 @@ class Slots:
             self._keep(left)
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         n -= count - len(taken)
-        stays = ~finished
-        stays[left[: len(taken)]] = True
+        busy = ~finished
+        busy[left[: len(taken)]] = True
         self.row = self.row.index_copy(0, left[: len(taken)], taken)
-        holes, movers = (~stays[:n]).nonzero().squeeze(1), stays[n:].nonzero().squeeze(1) + n
+        holes, movers = (~busy[:n]).nonzero().squeeze(1), busy[n:].nonzero().squeeze(1) + n
         self.row[holes] = self.row[movers]
         for cache in (self.keys[:, :, :, : self.longest], self.values[:, :, :, : self.longest]):
             cache[:, holes] = cache[:, movers]
         self.row, self.keys, self.values = self.row[:n], self.keys[:, :n], self.values[:, :n]
         if n:
-            self.longest = int(rows.length[self.row].max())
+            self.longest = int(rows.last[self.row].max())
             self._share()
         return True
 
@@ -262,7 +263,7 @@ class Slots:
 
 @dataclass
 class Rows:
-    """All R rows while they are sampled. Rows that wait, sample and have ended differ only in `length` and `finished`."""
+    """All R rows while they are sampled. Rows that wait, sample and have ended differ only in `last` and `finished`."""
 
     position: Tensor  # (R,) of the first forced token
     given: Tensor  # (R,) forced tokens
@@ -270,7 +271,7 @@ class Rows:
     uniform: Tensor  # (R,T+1) the random number that each token is drawn with
     tokens: Tensor  # (R,T+1) forced, then drawn; the last column is where a full row writes nothing
     logprobs: Tensor  # (R,T+1)
-    length: Tensor  # (R,) tokens that are cached; those of a row that has ended with a stop are one more
+    last: Tensor  # (R,) index of the token that is fed next; all before it are cached
     finished: Tensor  # (R,) bool
     stopped: Tensor  # (R,) bool
 
@@ -287,12 +288,12 @@ class Rows:
                    torch.zeros(tokens.shape, device=device), torch.zeros_like(given), nothing, nothing.clone())
 
     def samples(self, branches: Branches, prefix: Segments, contexts: tuple[Tensor, Tensor] | None) -> Samples:
-        lengths = self.length + 1  # the last token was either a stop, which is not cached, or is counted by its index
+        lengths = self.last + 1
         step = torch.arange(self.tokens.shape[1] - 1, device=lengths.device)  # (T,)
         is_action = (step >= self.given[:, None]) & (step < lengths[:, None])
         segments = None
         if contexts:
-            start, cached = self.position[:, None], (lengths - self.stopped.long())[:, None]  # (R,1)
+            start, cached = self.position[:, None], (lengths - self.stopped.long())[:, None]  # (R,1) a stop was never fed
             seen = prefix.positions[branches.segment]  # (R,L)
             segments = Segments(*contexts, torch.cat([seen.masked_fill(seen >= start, EMPTY),
                                                       (start + step).masked_fill(step >= cached, EMPTY)], dim=1))
@@ -301,7 +302,7 @@ class Rows:
 
 def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, sampling: Sampling) -> None:
     """Feed one token of every slot's row and write down its next one. No line waits for the device or knows a row by name."""
-    row, at = slots.row, rows.length[slots.row]  # (n,)
+    row, at = slots.row, rows.last[slots.row]  # (n,)
     hidden = model(rows.tokens[row, at], rows.position[row] + at, slots.feed(at))  # (n,C)
     logp = distribution(kernels.logits(hidden, head), sampling)  # (n,V)
     at = at + 1
@@ -313,7 +314,7 @@ def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, s
     stopped = going & ends_with(stop, rows.tokens, row, at, rows.given[row])
     rows.stopped[row] |= stopped
     rows.finished[row] |= stopped | full
-    rows.length[row] += going
+    rows.last[row] += going
 
 
 def ends_with(stop: Tensor, tokens: Tensor, row: Tensor, at: Tensor, given: Tensor) -> Tensor:
@@ -396,6 +397,6 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
-        dropped = (p.cumsum(dim=-1) - p >= top_p).scatter(1, index, p.cumsum(dim=-1) - p >= top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # likelier tokens hold as much already
+        logits = logits.masked_fill(torch.empty_like(beyond).scatter(1, index, beyond), -torch.inf)
     return logits

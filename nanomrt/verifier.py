@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
-from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.model import Llama, ModelConfig, Packed, packs
 from nanomrt.rollout import Rollouts, roll_out, training_sampling
 from nanomrt.run import generator_for
 
@@ -61,22 +61,9 @@ class Verifier(Llama):
     @torch.no_grad()
     def values(self, tokens: Sequence[Sequence[int]]) -> list[float]:
         """v after each whole sequence."""
-        parts = packs([len(row) for row in tokens])
+        parts = packs([len(row) for row in tokens], TOKENS)
         found = [self.logits([tokens[i] for i in part], [[len(tokens[i])] for i in part]).sigmoid() for part in parts]
         return torch.cat(found).tolist() if found else []
-
-
-def packs(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbouring sequences, in packs of at most TOKENS tokens (or one sequence)."""
-    pack, room = [], TOKENS
-    for i, length in enumerate(lengths):
-        if pack and length > room:
-            yield pack
-            pack, room = [], TOKENS
-        pack.append(i)
-        room -= length
-    if pack:
-        yield pack
 
 
 def judged_places(task, rollouts: Rollouts) -> list[list[int]]:
@@ -97,7 +84,7 @@ def train(verifier: Verifier, policy: Llama, task, config: RunConfig, steps: int
         places, total = judged_places(task, rollouts), 0.0
         count = sum(map(len, places))
         optimizer.zero_grad(set_to_none=True)
-        for part in packs([len(row) for row in rollouts.tokens]):
+        for part in packs([len(row) for row in rollouts.tokens], TOKENS):
             logits = verifier.logits([rollouts.tokens[i] for i in part], [places[i] for i in part])  # (n,)
             verdict = torch.tensor([rollouts.reward[i] for i in part for _ in places[i]], device=logits.device)  # (n,)
             loss = F.binary_cross_entropy_with_logits(logits, verdict, reduction="sum") / max(count, 1)  # (1)

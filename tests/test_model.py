@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanomrt.model import Llama, ModelConfig, Packed, rotary, rotate
+from nanomrt.model import Llama, ModelConfig, Packed, packs, rotary, rotate
 
 SHAPE = dict(vocab_size=11, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=6, max_position_embeddings=64)
@@ -146,6 +146,10 @@ def test_tied_embeddings_are_one_tensor():
 
 
 # --- Who sees whom ---
+
+
+def test_packs_hold_every_sequence_once_and_no_more_tokens_than_they_may():
+    assert [list(pack) for pack in packs([5, 2, 4, 9, 1], 7)] == [[0, 1], [2], [3], [4]] and list(packs([], 7)) == []
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
