@@ -145,7 +145,8 @@ def last_answer(response: str) -> str | None:
 
 
 class Countdown:
-    """The task, and all that training, sampling and evaluation know of it. Another task offers the same names:
+    """The task, and all that training, sampling and evaluation know of it. Another task offers the same names, and keys
+    in nanomrt/config.py, where `longest_context` counts this one's tokens:
 
     problems, draws                    what is asked
     prompt, parse, show                the same as tokens, from a user and for the eye
