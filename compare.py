@@ -18,6 +18,7 @@ bootstrap intervals over seeds and problems, both drawn with replacement; a diff
 
 import argparse
 import json
+import math
 import os
 import sys
 import threading
@@ -272,20 +273,25 @@ def tables(arms: dict[str, list[dict]]) -> str:
         lines.append(line("warm start", start, names, len(arms[baseline]), "", (0, 0, 0)))
         for arm, runs in arms.items():
             reached = [np.mean([spent_at(run, axis, end[axis], other) for run in runs]) for other in unit]
-            ood = {"right": np.stack([np.array(run["ood"]["right"]) for run in runs])}
-            harder = cell(METRICS["accuracy"], ood) if axis == "step" else ""
+            harder = cell(METRICS["accuracy"], out_of_distribution(runs)) if axis == "step" else ""
             lines.append(line(arm, values_at(runs, axis, end[axis]), names, len(runs), harder, reached))
         text += [*lines, ""]
     text += [f"### Differences from {baseline}", "",
-             f"| method | at equal | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+             f"| method | at equal | {' | '.join(names)} | accuracy, OOD | gain in accuracy, times |",
+             "|---|---|" + "---|" * (len(names) + 2)]
     for arm, runs in list(arms.items())[1:]:
         pairs = [(a, b) for a in arms[baseline] for b in runs if a["config"]["seed"] == b["config"]["seed"]]
         if not pairs:
-            text.append(f"| {arm} | no seed in common |{' |' * len(names)}")
+            text.append(f"| {arm} | no seed in common |{' |' * (len(names) + 2)}")
             continue
+        theirs, mine = ([pair[i] for pair in pairs] for i in (0, 1))
+        minus = lambda metric: (lambda a, b: metric[0](a) - metric[0](b), metric[1])
         for axis in unit:
-            mine, theirs = (values_at([pair[i] for pair in pairs], axis, end[axis]) for i in (1, 0))
-            cells = [cell((lambda a, b, f=f: f(a) - f(b), digits), mine, theirs, sign="+") for f, digits in names.values()]
+            start, *reached = values_at(theirs, axis, 0), *(values_at(runs, axis, end[axis]) for runs in (mine, theirs))
+            cells = [cell(minus(metric), *reached, sign="+") for metric in names.values()]
+            cells.append(cell(minus(METRICS["accuracy"]), *map(out_of_distribution, (mine, theirs)), sign="+")
+                         if axis == "step" else "")
+            cells.append(cell((gains, 2), start, *reached))
             text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
     budgets = [budget for budget, _ in arms[baseline][0]["points"][0]["curve"]]
     text += ["", "### Accuracy when stopped after so many thinking tokens, after all steps", "",
@@ -299,6 +305,16 @@ def tables(arms: dict[str, list[dict]]) -> str:
         habits = [run["points"][at]["habits"] for run in runs]
         text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in habits[0])} |")
     return "\n".join(text)
+
+
+def out_of_distribution(runs: Sequence[dict]) -> Values:
+    return {"right": np.stack([np.array(run["ood"]["right"]) for run in runs])}
+
+
+def gains(start: Values, mine: Values, theirs: Values) -> float:
+    """How many times as much accuracy one arm has gained since the start as another; of a gain that is none, inf."""
+    begin, a, b = (values["right"].mean() for values in (start, mine, theirs))
+    return (a - begin) / (b - begin) if b > begin else math.inf
 
 
 def spent_at(run: dict, axis: str, place: float, other: str) -> float:

@@ -112,6 +112,7 @@ def test_the_tables_say_what_the_runs_say():
     assert rows(seconds, "mrt")[0][2].startswith("1.000") and "100 sampled tokens" in tokens and "4 seconds" in seconds
     assert [row[2].split()[0] for row in rows(differences, "mrt")] == ["+0.500", "+0.000", "+0.500"]
     assert [rows(habits, arm)[0][1:] for arm in ("warm start", "mrt")] == [["0.00", "0.25 |"], ["1.00", "0.25 |"]]
+    assert [row[-1].split()[0] for row in rows(differences, "mrt")] == ["2.00", "1.00", "2.00"]  # GRPO gains .5
     assert "| method | 0 | 10 |" in budgets and rows(budgets, "mrt")[0][1:] == ["0.100", "0.500 |"]
     assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
 
