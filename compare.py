@@ -285,11 +285,10 @@ def tables(arms: dict[str, list[dict]]) -> str:
             text.append(f"| {arm} | no seed in common |{' |' * (len(names) + 2)}")
             continue
         theirs, mine = ([pair[i] for pair in pairs] for i in (0, 1))
-        minus = lambda metric: (lambda a, b: metric[0](a) - metric[0](b), metric[1])
         for axis in unit:
             start, *reached = values_at(theirs, axis, 0), *(values_at(runs, axis, end[axis]) for runs in (mine, theirs))
-            cells = [cell(minus(metric), *reached, sign="+") for metric in names.values()]
-            cells.append(cell(minus(METRICS["accuracy"]), *map(out_of_distribution, (mine, theirs)), sign="+")
+            cells = [cell(difference(metric), *reached, sign="+") for metric in names.values()]
+            cells.append(cell(difference(METRICS["accuracy"]), *map(out_of_distribution, (mine, theirs)), sign="+")
                          if axis == "step" else "")
             cells.append(cell((gains, 2), start, *reached))
             text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
@@ -309,6 +308,12 @@ def tables(arms: dict[str, list[dict]]) -> str:
 
 def out_of_distribution(runs: Sequence[dict]) -> Values:
     return {"right": np.stack([np.array(run["ood"]["right"]) for run in runs])}
+
+
+def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[[Values, Values], float], int]:
+    """Of a metric of two arms."""
+    statistic, digits = metric
+    return lambda mine, theirs: statistic(mine) - statistic(theirs), digits
 
 
 def gains(start: Values, mine: Values, theirs: Values) -> float:
