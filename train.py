@@ -148,7 +148,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
     config, seen, parts = run.config, defaultdict(float), []
     shuffle = generator_for(config.seed, "update", run.step)
     kept = in_teaching_group(batch, advantage)  # (B,)
-    if config.equal_groups == "keep" or not kept.any():
+    if config.equal_groups == "keep" or not kept.any():  # if nobody has an advantage, a KL still pulls at everybody
         kept = torch.ones_like(kept)
     for _ in range(config.epochs):
         order = torch.randperm(len(batch.lengths), generator=shuffle).to(batch.lengths.device)

@@ -1,6 +1,7 @@
 """compare.py: arms and jobs, values between checkpoints, intervals, tables, and one whole comparison of tiny runs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import compare
-from nanomrt.config import UserError, save_config
+from nanomrt.config import UserError, load_config, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
@@ -43,6 +44,14 @@ def test_runs_with_other_settings_have_other_names():
     name = lambda **shared: compare.Job.of(Path("config/tiny.py"), "grpo", 0, shared, Path(), "test").result.name
     assert name() == name(steps="12") == name(out_dir="elsewhere") == "grpo-seed=0.json"
     assert name(steps="13") == "grpo-seed=0-steps=13.json"
+
+
+def test_only_a_run_on_a_cpu_is_told_its_threads(monkeypatch):
+    """There time is CPU time, of one thread; on a GPU train.py and compare.py make the same run."""
+    threads = lambda: compare.Job.of(Path("config/tiny.py"), "grpo", 0, {}, Path(), "test").config.threads
+    for device, told in (("cpu", 1), ("cuda", load_config("config/tiny.py").threads)):
+        monkeypatch.setattr(compare, "choose_device", lambda config, device=device: device)
+        assert threads() == told
 
 
 def test_seeds():
@@ -115,6 +124,11 @@ def test_the_tables_say_what_the_runs_say():
     assert [row[-1].split()[0] for row in rows(differences, "mrt")] == ["2.00", "1.00", "2.00"]  # GRPO gains .5
     assert "| method | 0 | 10 |" in budgets and rows(budgets, "mrt")[0][1:] == ["0.100", "0.500 |"]
     assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
+
+
+def test_of_a_baseline_that_gains_nothing_no_gain_is_a_multiple():
+    start, mine, theirs = (compare.values_at(runs, "step", place) for runs, place in ((MRT, 0), (MRT, 10), (MRT, 0)))
+    assert compare.gains(start, mine, theirs) == math.inf and compare.gains(start, theirs, mine) == 0
 
 
 def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 import train
 from data.countdown import Countdown
 from nanomrt import checkpoint, warmstart
-from nanomrt.config import UserError, load_config, parse_overrides
-from nanomrt.model import Packed
+from nanomrt.config import RunConfig, UserError, load_config, parse_overrides
+from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, token_weights
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import written
@@ -354,6 +354,15 @@ def test_k1_is_a_price_in_the_reward(model, on_policy, monkeypatch):
     priced, _ = train.with_reference(batch, model, config)
     sums = torch.stack([part.sum() for part in delta.split(batch.lengths.tolist())])
     torch.testing.assert_close(priced.reward, batch.reward - 0.3 * sums)
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"vocab_size": 5}, "a vocabulary of 5, the task one of 118: set the task's keys"),
+    ({"max_position_embeddings": 100}, r"a context of 100 tokens, but .* can take \d+: lower thinking_budget")])
+def test_a_checkpoint_that_does_not_fit_is_an_error_before_training(config, task, tmp_path, keys, message):
+    checkpoint.save(tmp_path / "start", Llama(replace(config, **keys)), task.tokenizer, {})
+    with pytest.raises(UserError, match=message):
+        train.starting_policy(tmp_path / "start", task, RunConfig(), "cpu")
 
 
 def test_skipping_equal_groups_and_masking_cut_off_rollouts_leave_the_others(model, on_policy, tmp_path):
