@@ -17,15 +17,22 @@ class Recording:
     """A step without arguments and without a look at the device's results. With a memory pool for its graphs, its first call
     launches kernel by kernel, which compiles them; the second one is captured as a graph; all later ones replay that.
 
-    A graph works on the addresses and shapes of its capture: `restart` when they change.
+    A graph works on the addresses and shapes of its capture: `restart` when they change. The old graph stays until the next one
+    is captured, because PyTorch takes a pool without a graph for dead, and captures nothing more in it.
     """
 
     def __init__(self, step: Callable[[], None], pool: "torch.cuda.MemPool | None"):
-        self.step, self.pool = step, pool
-        self.restart()
+        self.step, self.pool, self.ran = step, pool, False
+        self.graph = self.previous = None
 
     def restart(self) -> None:
+        self.previous = self.graph or self.previous
         self.ran, self.graph = False, None
+
+    def forget(self) -> None:
+        """Graphs go before their pool; and the pool now, not when the caller forgets the step."""
+        self.graph = self.previous = None
+        self.pool = None
 
     def __call__(self) -> None:
         if self.pool and self.ran and self.graph is None:
@@ -34,6 +41,7 @@ class Recording:
             except torch.OutOfMemoryError:  # a capture can't take back what PyTorch caches; now it is free
                 torch.cuda.empty_cache()
                 self.graph = self.capture()
+            self.previous = None
         if self.graph is None:
             self.step()
         else:
@@ -65,8 +73,7 @@ def recording(step: Callable[[], None], device: torch.device) -> Iterator[Record
             yield recorded
     finally:
         outer.wait_stream(mine)  # after an error, too: what is enqueued still uses memory that is given back now
-        recorded.restart()  # the graph goes before its pool,
-        recorded.pool = None  # and the pool now, not when the caller forgets the step
+        recorded.forget()
 
 
 the_stream = functools.cache(torch.cuda.Stream)  # one per device, for good: libraries keep a workspace for each

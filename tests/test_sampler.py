@@ -1,5 +1,6 @@
 """The sampler: whatever is cached, shared, forked, swapped or stopped early, every row equals the row computed from scratch."""
 
+import weakref
 import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -544,6 +545,30 @@ def test_a_capture_without_room_is_tried_once_more(failures):
     step.restart()
     step()
     assert said[-1] == "step"
+
+
+def test_a_graph_stays_until_the_next_is_captured():
+    """PyTorch captures nothing in a pool none of whose graphs lives; and of two, the older one is of no more use."""
+    alive, seen = weakref.WeakSet(), []
+
+    class Graph:
+        replay = lambda self: None
+
+    class Watched(Recording):
+        def capture(self):
+            seen.append(len(alive))
+            alive.add(graph := Graph())
+            return graph
+
+    step = Watched(lambda: None, "a pool")
+    for _ in range(3):
+        step()
+        step()
+        step.restart()
+        step.restart()
+    assert seen == [0, 1, 1] and len(alive) == 1
+    step.forget()
+    assert not alive and step.pool is None
 
 
 def test_fresh_weights_after_an_optimiser_step(model):
