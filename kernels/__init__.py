@@ -9,14 +9,18 @@ from kernels import reference
 try:
     from kernels.attention import attention as fused_attention
     from kernels.decode import branch_attention as fused_branch_attention
+    from kernels.elementwise import rms_norm as fused_rms_norm
+    from kernels.elementwise import rotate as fused_rotate
+    from kernels.elementwise import swiglu as fused_swiglu
     from kernels.logprob import token_logprobs as fused_token_logprobs
 except ImportError as problem:  # no Triton for this platform, or one that is too old
     def without_triton(*_, reason: ImportError = problem):  # a default: the name `problem` ends with this block
         raise ImportError("on a CUDA device the kernels need Triton: pip install 'triton>=3.6'") from reason
 
     fused_attention = fused_branch_attention = fused_token_logprobs = without_triton
+    fused_rms_norm = fused_rotate = fused_swiglu = without_triton
 
-__all__ = ["attention", "branch_attention", "logits", "token_logprobs"]
+__all__ = ["attention", "branch_attention", "logits", "rms_norm", "rotate", "swiglu", "token_logprobs"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -40,3 +44,18 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N,C) @ weight.T -> (N,V) in fp32: what the sampler draws from must be as exact as what the loss scores."""
     lower = hidden.is_cuda and hidden.dtype != torch.float32
     return torch.mm(hidden, weight.T, out_dtype=torch.float32) if lower else hidden @ weight.T
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x (…,C) over the root of its mean square, times weight (C,); computed in fp32, returned in `dtype`."""
+    return (fused_rms_norm if x.is_cuda else reference.rms_norm)(x, weight, eps, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (x[i], x[i + D/2]) of x (N,H,D) turned by the angle of its position; cos and sin (N,1,D)."""
+    return (fused_rotate if x.is_cuda else reference.rotate)(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, of two tensors of one shape."""
+    return (fused_swiglu if gate.is_cuda else reference.swiglu)(gate, up)

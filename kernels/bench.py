@@ -1,7 +1,7 @@
 """How fast the kernels are, beside their peers, in one run on one machine.
 
     python -m kernels.bench                      everything; writes results/kernels-<gpu>.json and .png, prints the tables
-    python -m kernels.bench --only logprob       one of the three kernels
+    python -m kernels.bench --only logprob       one of the four files of kernels
     python -m kernels.bench --quick              a few shapes, fewer repetitions
     python -m kernels.bench --dry-run            tiny shapes on a CPU: shows that the program works and measures nothing
 
@@ -15,7 +15,8 @@ this machine gives at best: its copy bandwidth and its rate of bf16 matrix produ
   and does not count. Forward 4 D per pair and head; backward 2.5 times that. Log-prob: 2 N V C forward, 6 N V C with backward,
   8 N V C for a provider that computes the logits twice.
 - Decoding is bound by bytes: GB/s count each cached key and value once, however often a provider reads it. Goal: 75 to 88 % of
-  the copy rate; with 16 branches of a prefix, 5 to 6.5 times as fast as reading it once per branch.
+  the copy rate; with 16 branches of a prefix, 5 to 6.5 times as fast as reading it once per branch. So are norms, rotations and
+  SwiGLU, for which each number that goes in or comes out counts once.
 - Padding a pack, FlexAttention's block mask, and a prefix copied for every branch are made before the clock starts: presents to
   the peers.
 - nanomrt also computes the entropy; the peers compute log p only. Its error is that of `float64` on up to 256 rows.
@@ -85,18 +86,19 @@ class Provider(NamedTuple):
 class Case:
     """What all providers of one block of rows compute. Attention is q (N,H,D), k and v (N,K,D) of packed sequences with these
     lengths; log-prob is hidden (N,C), weight (V,C), targets (N,); decoding is what `branch_attention` takes, for rows that see
-    these lengths."""
+    these lengths; the others are arguments of the function that the name begins with."""
 
     name: str
     inputs: tuple[Tensor, ...]
     upstream: Tensor
     flops: dict[str, float]  # by pass
     lengths: tuple[int, ...] = ()
-    bytes: int | None = None  # that have to be read, where they decide the time
+    bytes: dict[str, int] | None = None  # by pass, that have to be moved, where they decide the time
 
     def goal(self, phase: str) -> tuple[int, int] | None:
-        ragged = len(set(self.lengths)) > 1
-        return None if ragged else GOALS.get((phase, self.inputs[0].shape[-1], self.lengths[0]) if self.lengths else (phase,))
+        if self.bytes or len(set(self.lengths)) > 1:
+            return None
+        return GOALS.get((phase, self.inputs[0].shape[-1], self.lengths[0]) if self.lengths else (phase,))
 
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
@@ -264,7 +266,7 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
               torch.full((R,), t, device=device))
     flops = {FORWARD: 4 * H * D * R * (L + t)}
     return Case(f"{S} x {M} branches, {L} + {t} entries, H {H} K {K} D {D}", inputs, inputs[0], flops, (L + t,) * R,
-                sum(x.nbytes for x in (*prefix, *suffix)))
+                {FORWARD: sum(x.nbytes for x in (*prefix, *suffix))})
 
 
 def decode(shared: bool, case: Case) -> Call:
@@ -290,6 +292,41 @@ def copies(case: Case) -> int:
 
 DECODE = [Provider(OURS, partial(decode, True)), Provider("same kernel, nothing shared", partial(decode, False), copies),
           Provider("SDPA, nothing shared", decode_sdpa, copies)]
+
+
+# --- Norms, rotations, SwiGLU ---
+
+
+def elementwise_case(name: str, N: int, width: tuple[int, ...], device: str, dtype: torch.dtype) -> Case:
+    """`rms_norm` of N fp32 rows, `rotate` of N x H heads, `swiglu`: inputs and outputs as they are in training."""
+    draw, fp32 = random_tensors(device, dtype), random_tensors(device, torch.float32)
+    x = (fp32 if name == "rms_norm" else draw)(N, *width).requires_grad_()
+    rest = {"rms_norm": lambda: (fp32(width[-1]).requires_grad_(), 1e-6, dtype),
+            "rotate": lambda: fp32(2, N, 1, width[-1]).unbind(),
+            "swiglu": lambda: (draw(N, *width).requires_grad_(),)}[name]()
+    inputs, upstream = (x, *rest), draw(N, *width)
+    learned = sum(y.nbytes for y in inputs if isinstance(y, Tensor) and y.requires_grad)
+    # Forward reads what it gets and writes the result; backward reads all that and writes a gradient for each.
+    moved = {FORWARD: learned + upstream.nbytes, BACKWARD: 2 * learned + upstream.nbytes}
+    if name == "rotate":  # what was turned is not needed to turn back
+        moved[BACKWARD] = moved[FORWARD]
+    shape = " x ".join(map(str, (N, *width)))
+    return Case(f"{name}, {shape}", inputs, upstream, {FORWARD: 0, BACKWARD: 0}, bytes=moved)
+
+
+def elementwise(kind: str, case: Case) -> Call:
+    name = case.name.split(",")[0]
+    function = getattr(reference, name)
+    if kind == OURS:
+        function = getattr(kernels, f"fused_{name}") if fused(case) else function
+    elif kind == "compiled" and case.upstream.is_cuda:
+        function = torch.compile(function, dynamic=False)
+    leaves = [x for x in case.inputs if isinstance(x, Tensor) and x.requires_grad]
+    return Call(lambda: function(*case.inputs), leaves, case.upstream)
+
+
+ELEMENTWISE = [Provider(OURS, partial(elementwise, OURS)), Provider("PyTorch", partial(elementwise, "PyTorch")),
+               Provider("PyTorch, compiled", partial(elementwise, "compiled"))]
 
 
 # --- Measuring ---
@@ -363,14 +400,14 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
     rows, runs = [], []
     torch.compiler.reset()  # or the shapes of all cases would add up to its limit of recompilations
     for provider in providers:
-        row, reason = {"case": case.name, "provider": provider.name, "bytes": case.bytes}, None
+        row, reason = {"case": case.name, "provider": provider.name, "bytes": None}, None
         needed, free = provider.needs(case), torch.cuda.mem_get_info()[0] if device == "cuda" else sys.maxsize
         try:
             if needed > free:
                 raise torch.OutOfMemoryError(f"needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
             call, found = provider.prepare(case), []
             row["note"] = call.note
-            if not case.lengths:
+            if not case.lengths and not case.bytes:
                 with torch.no_grad():
                     some, exact = case.exact
                     row["error"] = float(((call.logprob or call.forward)()[some].double() - exact).abs().max())
@@ -378,7 +415,7 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
                 if phase in case.flops:
                     flops = case.flops[phase] + (case.flops[FORWARD] if call.recomputes and phase != FORWARD else 0)
                     found.append((row | {"pass": phase, "flops": flops, "task_flops": case.flops[phase],
-                                         "extra_bytes": peak_memory(*run, device),
+                                         "bytes": case.bytes and case.bytes[phase], "extra_bytes": peak_memory(*run, device),
                                          "goal": case.goal(phase) if provider.name.startswith(OURS) else None}, run))
         except Exception as problem:  # whatever a peer dies of: the others go on
             reason = textwrap.shorten(str(problem) or type(problem).__name__, 90, placeholder=" …")
@@ -436,7 +473,7 @@ COLUMNS = {
     "provider": lambda row: row["provider"] + (f" ({row['note']})" if row.get("note") else ""),
     "pass": lambda row: row["pass"],
     "ms": lambda row: f"{row['ms']:.3f}" if row.get("ms") else row["reason"],
-    "TFLOP/s": lambda row: f"{row['tflops']:.0f}",
+    "TFLOP/s": lambda row: f"{row['tflops']:.0f}" * bool(row["task_flops"]),
     "goal": lambda row: "{} / {}".format(*row["goal"]),
     "of matmul": lambda row: f"{row['share']:.0%}" * (not row["bytes"]),
     "GB/s": lambda row: f"{row['gbs']:.0f}",
@@ -445,6 +482,11 @@ COLUMNS = {
     "of best peer's speed": lambda row: f"{row['ratio']:.2f}",
     "max error": lambda row: f"{row['error']:.0e}",
 }
+
+
+# By kernel, the passes that the figure shows.
+SHOWN = {"attention": (FORWARD, BACKWARD), "logprob": (FORWARD, BOTH), "decode": (FORWARD,),
+         "elementwise": (FORWARD, BACKWARD)}
 
 
 def table(rows: Sequence[dict], columns: dict[str, Callable[[dict], str]] = COLUMNS) -> str:
@@ -474,12 +516,13 @@ def figure(path: Path, tables: dict[str, list[dict]], matmul: float, copy: float
     """TFLOP/s or GB/s of every provider and case, a panel for each pass; a tick is our goal's minimum, dashed is what the machine
     gives at best."""
     panels = {(kind, phase): [row for row in rows if row["pass"] == phase and row.get("ms")] for kind, rows in tables.items()
-              for phase in {"attention": (FORWARD, BACKWARD), "logprob": (FORWARD, BOTH), "decode": (FORWARD,)}[kind]}
+              for phase in SHOWN[kind]}
     drawing = blank_figure(12, 3.2 * len(panels))
     for axes, ((kind, phase), rows) in zip(drawing.subplots(len(panels), squeeze=False).flat, panels.items()):
         cases, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
         width = 0.8 / max(len(names), 1)
-        rate, best, unit = ("gbs", copy, "GB/s") if kind == "decode" else ("tflops", matmul, "TFLOP/s")
+        bound_by_bytes = kind in ("decode", "elementwise")
+        rate, best, unit = ("gbs", copy, "GB/s") if bound_by_bytes else ("tflops", matmul, "TFLOP/s")
         for row in rows:
             i = names.index(row["provider"])
             x = cases.index(row["case"]) + (i - (len(names) - 1) / 2) * width
@@ -504,6 +547,7 @@ def plan(device: str, dtype: torch.dtype, quick: bool) -> dict[str, tuple[list[P
     if device != "cuda":
         packs = {"3 x 5": (5,) * 3, "pack of 40": lognormal_lengths(40, 8, 16)}
         heads, rows, vocabularies, forks = [(2, 1, 16)], [6], [(16, 40)], [(2, 3, 7, 2, 2, 1, 16)]
+        between = [("rms_norm", 5, (16,)), ("rotate", 5, (2, 16)), ("swiglu", 5, (24,))]
     else:
         packs = {f"16k tokens, S {S}": (S,) * (16384 // S) for S in ((4096,) if quick else (1024, 4096, 16384))}
         packs["64k pack"] = lognormal_lengths(65536, 1024, 8192)
@@ -511,15 +555,18 @@ def plan(device: str, dtype: torch.dtype, quick: bool) -> dict[str, tuple[list[P
         rows = [16384] if quick else [4096, 16384, 65536]
         vocabularies = [(1536, 151936)] if quick else [(896, 151936), (1536, 151936), (2048, 128256)]
         forks = [(S, M, 4096, 256, 12, 2, 128) for S, M in ([(64, 16)] if quick else [(64, 16), (1, 64), (64, 1)])]
+        between = [("rms_norm", 8192, (1536,)), ("rotate", 8192, (12, 128)), ("swiglu", 8192, (8960,))]
+        between += [] if quick else [("rms_norm", 8192, (16, 128)), ("rms_norm", 8192, (4096,)), ("swiglu", 384, (1280,))]
     return {"attention": (ATTENTION, [partial(attention_case, name, lengths, *shape, device, dtype)
                                       for name, lengths in packs.items() for shape in heads]),
             "logprob": (LOGPROB, [partial(logprob_case, N, C, V, device, dtype) for C, V in vocabularies for N in rows]),
-            "decode": (DECODE, [partial(decode_case, *shape, device, dtype) for shape in forks])}
+            "decode": (DECODE, [partial(decode_case, *shape, device, dtype) for shape in forks]),
+            "elementwise": (ELEMENTWISE, [partial(elementwise_case, *shape, device, dtype) for shape in between])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Time the kernels and their peers.")
-    parser.add_argument("--only", choices=("attention", "logprob", "decode"), help="one of the kernels (default: all)")
+    parser.add_argument("--only", choices=tuple(SHOWN), help="one file of kernels (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few shapes, 10 repetitions")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: exercises the program, measures nothing")
     parser.add_argument("--out", type=Path, help="folder of the .json and .png (default: results; a dry run: a temporary one)")

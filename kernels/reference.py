@@ -63,3 +63,20 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     logp = ((hidden @ weight.T).float() / temperature).log_softmax(dim=-1)  # (N,V)
     logprob = logp.gather(1, targets[:, None]).squeeze(1)  # (N,)
     return logprob, -(logp.exp() * logp).sum(dim=-1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x (…,C) over the root of its mean square, times weight (C,); computed in fp32, returned in `dtype`."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (N,H,D) by its angle: cos (N,1,D) twice the same half, sin (N,1,D) first with the
+    other sign. In fp32, returned in x's dtype."""
+    x32 = x.float()
+    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, of two tensors of one shape."""
+    return F.silu(gate) * up

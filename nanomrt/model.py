@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -111,12 +110,6 @@ def rotary(length: int, head_dim: int, theta: float, device: torch.device) -> Te
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)], dim=1).float()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (N,·,D) by its angle; in fp32, returned in x's dtype."""
-    x32 = x.float()
-    return torch.addcmul(x32 * cos, x32.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -124,8 +117,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """In fp32; returned in the type of the products that read it, or autocast would make a copy for each of them."""
-        kind, normed = x.device.type, F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return kernels.rms_norm(x, self.weight, self.eps, dtype)
 
 
 class Attention(nn.Module):
@@ -142,8 +136,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), cos, sin)  # (N,H,D)
-        k = rotate(self.k_norm(k), cos, sin)  # (N,K,D)
+        q = kernels.rotate(self.q_norm(q), cos, sin)  # (N,H,D)
+        k = kernels.rotate(self.k_norm(k), cos, sin)  # (N,K,D)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))  # (N,C)
 
 
@@ -156,7 +150,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F_, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (N,C)
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))  # (N,C)
 
 
 class Block(nn.Module):
@@ -224,4 +218,4 @@ class Llama(nn.Module):
         with mixed_precision(x.device):
             for block in self.model.layers:
                 x = block(x, cos, sin, attend)
-        return self.model.norm(x).to(compute_dtype(x.device))  # (N,C)
+            return self.model.norm(x)  # (N,C)

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.attention import TILES, attention_backward, attention_forward
 from kernels.decode import branch_attention
+from kernels.elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
 from kernels.logprob import logprobs_backward, logprobs_forward, token_loss
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -182,6 +183,32 @@ def test_decode(arch, dtype, D, launches, tmp_path):
         assert_fast(launch, arch, tmp_path, launch.constants.get("BR", 0) * (dtype == HALF))
 
 
+# --- norms, rotations, SwiGLU ---
+
+
+def between_products(N: int, C: int, D: int, dtype: torch.dtype = HALF) -> None:
+    stream, weight, heads = (zeros(*shape, dtype=torch.float32) for shape in ((N, C), (C,), (N, 2, 1, D)))
+    x, wide = zeros(N, 2, D, dtype=dtype), zeros(N, 4 * C, dtype=dtype)
+    normed = rms_norm(stream, weight, 1e-6, dtype)
+    rms_norm_backward(stream, weight, normed, 1e-6)
+    turn(x, *heads.unbind(1), False)
+    swiglu(wide, wide)
+    swiglu_backward(wide, wide, wide)
+
+
+@pytest.mark.parametrize("arch, dtype, C, D", [*((arch, HALF, 1536, 128) for arch in SHARED), (90, HALF, 512, 64),
+                                               (90, HALF, 8192, 256), (80, torch.float32, 1536, 128)], ids=str)
+def test_elementwise(arch, dtype, C, D, launches, tmp_path):
+    """Bound by memory: nothing spills, and tensors are read and written 16 bytes at a time."""
+    found = launches(arch, between_products, 40, C, D, dtype)
+    assert [launch.name for launch in found] == ["rms_norm_kernel", "rms_norm_backward_kernel", "rotate_kernel", "swiglu_kernel",
+                                                 "swiglu_backward_kernel"]
+    for launch in found:
+        assert_fast(launch, arch, tmp_path)
+        moves = set(re.findall(r"(?:ld|st)\.global\S*", launch.binary.asm["ptx"]))
+        assert moves == {"ld.global.v4.b32", "st.global.v4.b32"}, (launch.name, moves)
+
+
 # --- How often ---
 
 
@@ -189,6 +216,7 @@ def test_sizes_are_no_constants(launches):
     """Twenty different numbers of tokens, rows and cached entries compile each kernel once."""
     def everything(N: int) -> list[CompiledKernel]:
         found = launches(90, attend, N, 64) + launches(90, score, N) + launches(90, score_once, N)
+        found += launches(90, between_products, N, 64, 32)
         return [launch.binary for launch in found + launches(90, decode, N, 2 * N + 1, N, 64)]
 
     first = everything(1)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import reference
 from kernels.attention import attention, attention_backward, attention_forward
 from kernels.decode import branch_attention
+from kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward, turn
 from kernels.logprob import logprobs_backward, logprobs_forward, token_logprobs, token_loss
 
 torch.set_num_threads(1)
@@ -242,11 +243,114 @@ def test_one_pass_equals_two(dtype, monkeypatch):
     assert torch.equal(frozen, loss)
 
 
+# --- norms, rotations, SwiGLU ---
+
+
+def angles(N: int, D: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (N,1,D) of random angles, as `model.rotary` makes them: views of one tensor."""
+    angle = 3 * randn(N, 1, D // 2, seed=7).double()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1).float().unbind(1)
+
+
+def check(function, exact_function, inputs: list[Tensor], dtype: torch.dtype) -> None:
+    """Result and gradients of `function`, for a random upstream gradient, against `exact_function` in float64."""
+    upstream, found = None, []
+    for f, cast in ((function, lambda x: x.clone()), (exact_function, Tensor.double)):
+        leaves = [cast(x).requires_grad_() for x in inputs]
+        out = f(*leaves)
+        upstream = randn(*out.shape, seed=9, dtype=out.dtype) if upstream is None else upstream.double()
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
+    for a, b in zip(*found, strict=True):
+        assert_near(a, b, dtype)
+
+
+PLAIN = pytest.mark.parametrize("dtype", ["fp32", "fp16"], indirect=True)  # no matrix products: the same on all devices
+
+
+@PLAIN
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (37, 128), (3, 4, 32), (2, 2048), (9, 1536), (130, 20), (2, 5000)], ids=str)
+def test_rms_norm_and_its_gradients(shape, dtype):
+    """Of the last axis, with the residual stream's fp32 or 16 bit coming in and `dtype` going out; many tiles and one row."""
+    weight = 1 + randn(shape[-1], seed=1) / 4
+
+    def exact(x, w):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w
+
+    for x in (randn(*shape), randn(*shape, dtype=dtype)):
+        check(lambda x, w: rms_norm(x, w, 1e-5, dtype), exact, [x, weight], dtype)
+
+
+def test_rms_norm_of_rows_large_small_and_zero():
+    """Scaling a row scales nothing, until eps counts; a row of zeros has no direction."""
+    x, weight = randn(3, 40), torch.ones(40)
+    normed = rms_norm(torch.cat([x, x * 1e6, x * 0]), weight, 1e-12, FULL)
+    torch.testing.assert_close(normed[:3], normed[3:6])
+    assert not normed[6:].any()
+    torch.testing.assert_close(rms_norm(x * 1e-6, weight, 1.0, FULL), x * 1e-6)
+    zero = torch.zeros(2, 40, requires_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(rms_norm(zero, weight, 1e-6, FULL).sum(), zero)[0], torch.full((2, 40), 1e3))
+
+
+@PLAIN
+@pytest.mark.parametrize("N, H, D", [(1, 1, 2), (7, 3, 32), (130, 2, 16), (5, 12, 128), (4, 1, 20), (3, 2, 256)])
+def test_rotation_and_its_gradient(N, H, D, dtype):
+    """Against sines and cosines of pairs written out; turned and turned back is where it was."""
+    cos, sin = angles(N, D)
+
+    def exact(x):
+        a, b = x.chunk(2, -1)
+        c, s = cos[..., : D // 2].double(), sin[..., D // 2 :].double()
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    x = randn(N, H, D, dtype=dtype)
+    check(lambda x: rotate(x, cos, sin), exact, [x], dtype)
+    assert_near(turn(rotate(x, cos, sin), cos, sin, True), x, dtype)
+    assert_near(rotate(x, cos.contiguous(), sin.mT.contiguous().mT), exact(x.double()), dtype)
+
+
+@PLAIN
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2048,), (41, 50), (3, 2048)], ids=str)
+def test_swiglu_and_its_gradients(shape, dtype):
+    """Gates from -40 to 40 among them, where the sigmoid is 0 or 1."""
+    gate = randn(*shape, dtype=dtype) * 3
+    gate.view(-1)[:2] = torch.tensor([40.0, -40.0])[: gate.numel()]
+    check(swiglu, lambda gate, up: gate / (1 + (-gate).exp()) * up, [gate, randn(*shape, seed=1, dtype=dtype)], dtype)
+
+
+def test_elementwise_kernels_take_views_and_write_to_none():
+    """Every second number, swapped axes, an expanded upstream gradient: what contiguous tensors give, bit for bit."""
+    wide, weight = randn(6, 4, 64), randn(32, seed=1)
+    cos, sin = angles(6, 32)
+    before = wide.clone()
+    for f in (lambda x: rms_norm(x, weight, 1e-6, FULL), lambda x: rotate(x, cos, sin), lambda x: swiglu(x, x)):
+        for view in (wide[..., ::2], wide[..., :32].transpose(0, 1).contiguous().transpose(0, 1)):
+            results = []
+            for x in (view, view.contiguous()):
+                leaf = x.detach().requires_grad_()
+                out = f(leaf)
+                results.append((out, torch.autograd.grad(out, leaf, torch.ones(1).expand_as(out))[0]))
+            assert all(map(torch.equal, *results))
+    assert torch.equal(wide, before)
+
+
+def test_elementwise_kernels_of_nothing_and_of_frozen_weights():
+    """No token; and no gradient for what is frozen."""
+    weight, (cos, sin) = torch.ones(16, requires_grad=True), angles(0, 16)
+    empty = torch.ones(0, 2, 16, requires_grad=True)
+    out = swiglu(rotate(rms_norm(empty, weight, 1e-6, FULL), cos, sin), empty)
+    gradients = torch.autograd.grad(out.sum(), (empty, weight))
+    assert gradients[0].shape == (0, 2, 16) and not gradients[1].any()
+    x = randn(3, 16)
+    loss = rms_norm(x, weight, 1e-6, FULL).sum() + rms_norm(x.requires_grad_(), weight.detach(), 1e-6, FULL).sum()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (x, weight)))
+
+
 # --- the operators ---
 
 
 def test_the_operators_are_well_registered():
-    """Schema, fake implementation and autograd registration of all four, as torch.compile relies on them."""
+    """Schema, fake implementation and autograd registration of all of them, as torch.compile relies on them."""
     (q, k, v), starts, grad = pack((3, 4), 2, 1, 16)
     hidden, weight, targets = logprob_case(5, 16, 20)
     out, lse = attention_forward(q, k, v, starts, 4, 0.25)
@@ -255,12 +359,17 @@ def test_the_operators_are_well_registered():
     for operator, arguments in ((attention_forward, (q, k, v, starts, 4, 0.25)),
                                 (attention_backward, (q, k, v, out, lse, grad, starts, 4, 0.25)),
                                 (logprobs_forward, (hidden, weight, targets, 1.0)),
-                                (logprobs_backward, (hidden, weight, targets, row_lse, entropy, g, g, 1.0, True, True))):
+                                (logprobs_backward, (hidden, weight, targets, row_lse, entropy, g, g, 1.0, True, True)),
+                                (rms_norm, (q, torch.ones(16), 1e-6, HALF)),
+                                (rms_norm_backward, (q, torch.ones(16), q.half(), 1e-6)), (turn, (q, *angles(7, 16), False)),
+                                (swiglu, (q, q)), (swiglu_backward, (q, q, q))):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
-def score(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, starts: Tensor, longest: int, targets: Tensor) -> Tensor:
-    """A model of one layer that uses both operators."""
+def score(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, starts: Tensor, longest: int, targets: Tensor,
+          cos: Tensor, sin: Tensor) -> Tensor:
+    """A model of one layer that uses every operator with a gradient."""
+    q, v = rotate(rms_norm(q, weight[0, :16], 1e-6, FULL), cos, sin), swiglu(v, v)
     logprob, entropy = token_logprobs(attention(q, k, v, starts, longest).flatten(1), weight, targets, 1.0)
     return (logprob * targets + entropy).sum()
 
@@ -268,7 +377,7 @@ def score(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, starts: Tensor, longe
 def score_case(lengths) -> tuple[list[Tensor], tuple]:
     (q, k, v), starts, _ = pack(lengths, 2, 1, 16)
     leaves = [x.requires_grad_() for x in (q, k, v, randn(50, 32, seed=5))]
-    return leaves, (starts, max(lengths), torch.arange(sum(lengths)))
+    return leaves, (starts, max(lengths), torch.arange(sum(lengths)), *angles(sum(lengths), 16))
 
 
 def test_backward_twice():
@@ -288,7 +397,7 @@ def test_activation_checkpointing():
 
 
 def test_compile_without_a_graph_break():
-    """torch.compile sees through both operators, forward and backward, at several sizes."""
+    """torch.compile sees through the operators, forward and backward, at several sizes."""
     compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
     for lengths in ((7, 5), (3, 0, 9)):
         leaves, rest = score_case(lengths)

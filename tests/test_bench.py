@@ -65,10 +65,25 @@ def test_every_provider_of_a_case_gives_the_same_gradients():
 def test_every_way_of_decoding_gives_the_same():
     """And the bytes are those of a cache in which nothing lies twice."""
     case = bench.decode_case(2, 3, 7, 2, 2, 1, 16, "cpu", torch.float32)
-    assert case.bytes == 2 * 4 * 16 * (2 * 7 + 6 * 2) and case.goal(bench.FORWARD) is None
+    assert case.bytes == {bench.FORWARD: 2 * 4 * 16 * (2 * 7 + 6 * 2)} and case.goal(bench.FORWARD) is None
     results = [provider.prepare(case).forward().flatten() for provider in bench.DECODE]
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_of_norms_rotations_and_swiglu():
+    """Five rows of 16 numbers: an fp32 row in and a bf16 row out, with a weight; two bytes a number otherwise; no goal."""
+    make = lambda name, *width: bench.elementwise_case(name, 5, width, "cpu", torch.bfloat16)
+    norm, turn, gate = make("rms_norm", 16), make("rotate", 2, 16), make("swiglu", 16)
+    assert norm.bytes == {bench.FORWARD: 80 * (4 + 2) + 64, bench.BACKWARD: 80 * (4 + 2 + 4) + 2 * 64}
+    assert turn.bytes == {bench.FORWARD: 160 * (2 + 2), bench.BACKWARD: 160 * (2 + 2)}
+    assert gate.bytes == {bench.FORWARD: 80 * 2 * 3, bench.BACKWARD: 80 * 2 * 5}
+    assert all(case.goal(bench.FORWARD) is None for case in (norm, turn, gate))
+    for case in (norm, turn, gate):
+        rows = bench.bench(case, bench.ELEMENTWISE[:2], "cpu", 1, 1)
+        assert [(row["provider"], row["pass"]) for row in rows] == [
+            (name, phase) for name in ("nanomrt", "PyTorch") for phase in (bench.FORWARD, bench.BACKWARD)]
+        assert all(row["gbs"] > 0 and "error" not in row for row in rows)
 
 
 def test_a_padded_pack_holds_the_pack():
@@ -112,21 +127,21 @@ def test_memory_that_runs_out_while_measuring_drops_one_provider():
     assert bench.measure([(lambda: 1, fails), (lambda: 1, lambda x: x)], "cpu", 1, 3)[0] is None
 
 
-@pytest.mark.parametrize("only", [None, "attention", "logprob", "decode"])
+@pytest.mark.parametrize("only", [None, "attention", "logprob", "decode", "elementwise"])
 def test_dry_run(only, tmp_path, capsys):
     """From end to end: tables on the screen, every row in the file, a figure beside it."""
     assert bench.main(["--dry-run", "--out", str(tmp_path / "new"), *(["--only", only] if only else [])]) == 0
     name = "kernels-dry-run-on-a-cpu" + (f"-{only}" if only else "")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [f"{name}.json", f"{name}.png"]
     saved = json.loads((tmp_path / "new" / f"{name}.json").read_text())
-    assert set(saved["rows"]) == ({only} if only else {"attention", "logprob", "decode"}) and len(saved["machine"]) == 2
+    assert set(saved["rows"]) == ({only} if only else set(bench.SHOWN)) and len(saved["machine"]) == 2
     assert saved["versions"]["torch"] == torch.__version__
     for rows in saved["rows"].values():
         mine = [row for row in rows if row["provider"] == "nanomrt"]
         assert mine and all(row["ms"] > 0 and row["share"] > 0 for row in mine)
     shown = capsys.readouterr().out
     assert "| nanomrt" in shown and ("### attention" in shown) == (only in (None, "attention"))
-    assert ("GB/s" in shown.partition("### ")[2]) == (only in (None, "decode"))
+    assert ("GB/s" in shown.partition("### ")[2]) == (only in (None, "decode", "elementwise"))
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch):
@@ -185,6 +200,19 @@ def test_a_kernel_is_not_counted_beside_its_operation(monkeypatch):
     monkeypatch.setattr(step_profile, "profile", lambda activities: recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert [row["operation"] for row in step_profile.by_operation(lambda: None, "cuda")] == ["aten::mul"]
+
+
+def test_the_forward_pass_of_an_operator_of_ours_counts_as_its_own():
+    """Autograd runs it inside of a function with a name of its own, to which the profiler gives its kernels."""
+    @torch.library.custom_op("nanomrt::attention_of_a_test", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    double.register_autograd(lambda ctx, g: double(g))
+    x = torch.ones(9, requires_grad=True)
+    rows = {row["operation"]: row for row in step_profile.by_operation(lambda: double(x).sum().backward(), "cpu")}
+    assert rows["nanomrt::attention_of_a_test"]["group"] == "attention"
+    assert not any(name.endswith("_default") for name in rows)
 
 
 def test_a_peer_that_fails_loses_no_figures(capsys):

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from nanomrt import checkpoint, sampler
 from nanomrt.config import ALGORITHMS, load_config
 from nanomrt.cudagraph import Recording
 from nanomrt.methods import METHODS
-from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.model import Llama, ModelConfig, Packed, rotary
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import roll_out, training_sampling
 from nanomrt.run import read_command_line
@@ -88,6 +89,13 @@ def branches(limits: Sequence[Sequence[int]], L: int, t: int, K: int = 2, G: int
     return [q, prefix_k, prefix_v, unseen, group.view(S, M), place, own_k, own_v, length]
 
 
+def norm_turn_gate(x: Tensor, weight: Tensor, gate: Tensor, ops=kernels) -> Tensor:
+    """All elementwise ops on x (N,H,D): normalised, turned, gated."""
+    N, _, D = x.shape
+    cos, sin = rotary(N, D, 10_000.0, x.device).unbind(1)
+    return ops.swiglu(gate, ops.rotate(ops.rms_norm(x, weight, 1e-6, gate.dtype), cos, sin))
+
+
 FORKS = [[700, 3, 0], [1300] * 17, [1]]  # entries that each branch of three segments sees
 
 
@@ -104,7 +112,9 @@ def every_op(lengths: Sequence[int] = RAGGED) -> list[Tensor]:
     *inputs, upstream = pack(lengths)
     hidden, weight, targets = vocabulary()
     g, e = randn(200, seed=8).float(), randn(200, seed=9).float()
-    return [kernels.fused_branch_attention(*branches(FORKS, 1300, 600)),
+    heads, gates, grad = pack((500,), 3, 3, 128)[:3]
+    return [*with_gradients(norm_turn_gate, (heads, 1 + randn(128, seed=4).float(), gates), grad),
+            kernels.fused_branch_attention(*branches(FORKS, 1300, 600)),
             *with_gradients(lambda *x: attend(*x, lengths), inputs, upstream),
             *with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 0.7), (hidden, weight), g, e)]
 
@@ -234,6 +244,30 @@ def test_logprobs_against_float64(N, C, V, dtype):
         assert (a.double() - truth).norm() <= torch.finfo(dtype).eps * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (300, 3, 128), (129, 2, 80), (70, 1, 1536), (5000, 1, 256)], ids=str)
+def test_elementwise_against_float64(shape, dtype):
+    """Each op by itself, result and gradients; the residual stream is fp32, as in the model."""
+    x, gate, upstream = (randn(*shape, seed=i, dtype=dtype) for i in range(3))
+    cos, sin = rotary(shape[0], shape[2], 10_000.0, x.device).unbind(1)
+
+    def exact_rotate(x):
+        a, b = x.chunk(2, -1)
+        c, s = (y.chunk(2, -1)[1].double() for y in (cos, sin))
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    cases = [
+        (lambda ops, x, w: ops.rms_norm(x, w, 1e-6, dtype),
+         lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w,
+         (x.float(), 1 + randn(shape[2], seed=3).float())),
+        (lambda ops, x: ops.rotate(x, cos, sin), exact_rotate, (x,)),
+        (lambda ops, *x: ops.swiglu(*x), lambda gate, up: gate * gate.sigmoid() * up, (x, gate)),
+    ]
+    for run, exact, inputs in cases:
+        mine, peer = (with_gradients(partial(run, ops), inputs, upstream) for ops in (kernels, reference))
+        assert_as_exact(mine, peer, with_gradients(exact, [x.double() for x in inputs], upstream.double()))
+
+
 def test_float32_is_exact():
     """fp32 products are not TF32 ones."""
     check_attention(RAGGED, 4, 2, 64, torch.float32)
@@ -289,6 +323,15 @@ def test_other_rows_do_not_change_a_row(part):
     whole = kernels.fused_token_logprobs(hidden, weight, targets, 0.7)
     alone = kernels.fused_token_logprobs(hidden[170 : 170 + part], weight, targets[170 : 170 + part], 0.7)
     assert same_bits(alone, [x[170 : 170 + part] for x in whole])
+
+
+def test_other_tokens_do_not_change_a_token():
+    """Normed, turned and gated alone or among others: the same bits, in the result and in the gradients."""
+    heads, gates, upstream = pack((300,), 3, 3, 128)[:3]
+    weight = 1 + randn(128, seed=4).float()
+    whole = with_gradients(lambda x, y: norm_turn_gate(x, weight, y), (heads, gates), upstream)
+    alone = with_gradients(lambda x, y: norm_turn_gate(x, weight, y), (heads[:7], gates[:7]), upstream[:7])
+    assert same_bits(alone, [x[:7] for x in whole])
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -406,6 +449,19 @@ def test_attention_inputs_over_2_31_elements():
     assert same_bits([x[-T:] for x in whole], alone)
 
 
+def test_elementwise_over_2_31_elements():
+    """The last rows equal the same rows alone, gradients too."""
+    need_memory(45)
+    N, C = 2**20 + 128, 2048
+    x, upstream, weight = randn(N, C), randn(N, C, seed=1), torch.ones(C, device=DEVICE)
+    assert x.numel() > 2**31
+    cos, sin = rotary(2, C, 10_000.0, x.device)[1:].unbind(1)
+    for f in (lambda x: kernels.rms_norm(x, weight, 1e-6, x.dtype), lambda x: kernels.swiglu(x, x.detach()),
+              lambda x: kernels.rotate(x[:, None], *(y.expand(len(x), 1, C) for y in (cos, sin)))[:, 0]):
+        whole, alone = with_gradients(f, (x,), upstream), with_gradients(f, (x[-64:],), upstream[-64:])
+        assert same_bits([y[-64:] for y in whole], alone)
+
+
 def test_a_cache_over_2_31_elements():
     """The last segment of the cache and the last row's suffix give what they give alone."""
     need_memory(16)
@@ -427,9 +483,9 @@ def test_cuda_graphs():
     q, k, v, _ = pack(RAGGED)
     hidden, weight, targets = vocabulary()
     cached = branches(FORKS, 1300, 600)
-    starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
-    run = lambda: (kernels.fused_attention(q, k, v, starts, max(RAGGED)), kernels.fused_branch_attention(*cached),
-                   *kernels.fused_token_logprobs(hidden, weight, targets, 1.0))
+    starts, norm = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0), torch.ones(64, device=DEVICE)
+    run = lambda: (norm_turn_gate(q, norm, q), kernels.fused_attention(q, k, v, starts, max(RAGGED)),
+                   kernels.fused_branch_attention(*cached), *kernels.fused_token_logprobs(hidden, weight, targets, 1.0))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -484,9 +540,13 @@ def test_the_host_never_waits():
 
 
 def test_compile_without_a_graph_break():
-    """torch.compile(fullgraph=True) of a function with both ops, at two sizes."""
+    """torch.compile(fullgraph=True) of a function with every op that has a gradient, at two sizes."""
+    cos, sin = rotary(256, 64, 10_000.0, torch.device(DEVICE)).unbind(1)
+    norm = torch.ones(64, device=DEVICE)
+
     def function(q, k, v, weight, starts, longest, targets):
-        out = kernels.fused_attention(q, k, v, starts, longest)
+        q = kernels.rotate(kernels.rms_norm(q, norm, 1e-6, q.dtype), cos[: len(q)], sin[: len(q)])
+        out = kernels.fused_attention(q, k, kernels.swiglu(v, v), starts, longest)
         return kernels.fused_token_logprobs(out.flatten(1) * 2, weight, targets, 1.0)
 
     compiled = torch.compile(function, fullgraph=True, backend=BACKEND)
@@ -513,7 +573,7 @@ def test_activation_checkpointing():
 
 def test_twenty_sizes_compile_each_kernel_once():
     """No number of tokens, sequences, rows or cached entries is a compile-time constant."""
-    modules = [importlib.import_module(f"kernels.{name}") for name in ("attention", "logprob", "decode")]
+    modules = [importlib.import_module(f"kernels.{name}") for name in ("attention", "logprob", "decode", "elementwise")]
     kernels_ = [x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
     compiled = lambda: [sum(len(caches[0]) for caches in x.device_caches.values()) for x in kernels_]
 
@@ -524,6 +584,7 @@ def test_twenty_sizes_compile_each_kernel_once():
         ones = torch.ones(N, device=DEVICE)
         with_gradients(lambda h, w: kernels.fused_token_logprobs(h, w, targets, 1.0)[0], (hidden, weight), ones)
         kernels.fused_branch_attention(*branches([[N] * (N % 5 + 1)] * (N % 3 + 1), N, N))
+        with_gradients(norm_turn_gate, (q, ones.new_ones(64), q), upstream)
 
     run(128)
     before = compiled()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reference import attention, branch_attention, token_logprobs
+from kernels.reference import attention, branch_attention, rms_norm, rotate, swiglu, token_logprobs
 
 LENGTHS = {
     "one": (1,), "ragged": (1, 17, 127), "descending": (127, 17, 1), "equal": (5, 5, 5), "ones": (1, 1, 1),
@@ -303,6 +303,40 @@ def test_a_target_outside_the_vocabulary_is_an_error(target):
         token_logprobs(hidden, weight, targets, 1.0)
 
 
+# --- rms_norm, rotate, swiglu ---
+
+
+def test_rms_norm_is_a_row_over_its_root_mean_square():
+    """Number by number, in the type asked for; the inputs stay as they were."""
+    x, weight = randn(3, 2, 7), randn(7, seed=1)
+    before = checksum(x, weight)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        y = rms_norm(x, weight, 0.1, dtype)
+        assert y.dtype == dtype
+        for i, row in enumerate(x.view(6, 7).tolist()):
+            root = math.sqrt(sum(number**2 for number in row) / 7 + 0.1)
+            expected = torch.tensor([number / root * w for number, w in zip(row, weight.tolist())])
+            torch.testing.assert_close(y.view(6, 7)[i].float(), expected, atol=tolerance, rtol=tolerance)
+    assert unchanged(before, x, weight)
+
+
+def test_rotation_turns_pairs():
+    """A pair as a complex number, times e^(i angle)."""
+    x, angle = randn(5, 3, 8), randn(5, 1, 4, seed=1)
+    y = rotate(x, torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1))
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(torch.complex(*y.chunk(2, -1)), turned)
+
+
+def test_swiglu_is_a_gate_times_its_sigmoid_times_the_input():
+    gate, up = randn(4, 6) * 5, randn(4, 6, seed=1)
+    for y, a, b in zip(swiglu(gate, up).flatten().tolist(), gate.flatten().tolist(), up.flatten().tolist(), strict=True):
+        assert y == pytest.approx(a / (1 + math.exp(-a)) * b, rel=1e-5)
+
+
+# --- Without Triton ---
+
+
 def test_without_triton_a_cpu_computes_and_a_cuda_tensor_is_an_error():
     """Not the slow reference, silently. In a process of its own, where Triton can't be imported."""
     code = """import sys
@@ -310,11 +344,11 @@ sys.modules["triton"] = None
 import torch, kernels
 q = torch.ones(2, 1, 4)
 assert torch.equal(kernels.attention(q, q, q, torch.tensor([0, 2]), 2), q)
-for fused in (kernels.fused_attention, kernels.fused_branch_attention, kernels.fused_token_logprobs):
+for fused in (getattr(kernels, f"fused_{name}") for name in kernels.__all__ if name != "logits"):
     try:
         fused(q)
     except ImportError as error:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["on a CUDA device the kernels need Triton: pip install 'triton>=3.6'"] * 3
+    assert done.stdout.splitlines() == ["on a CUDA device the kernels need Triton: pip install 'triton>=3.6'"] * 6

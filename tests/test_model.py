@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nanomrt.model import Llama, ModelConfig, Packed, packs, rotary, rotate
+from kernels.reference import rotate
+from nanomrt.model import Llama, ModelConfig, Packed, packs, rotary
 
 SHAPE = dict(vocab_size=11, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=6, max_position_embeddings=64)
