@@ -1,7 +1,8 @@
 """Train a policy that thinks in episodes to reach right answers with fewer tokens.
 
     python train.py config/small.py                     from nothing: data, warm start, MRT, evaluation, figures
-    python train.py config/small.py --alpha=0           the same as plain GRPO; any key can be set so
+    python train.py config/small_grpo.py                outcome reward only: GRPO, the baseline
+    python train.py config/small.py --seed=1            any key can be set so
     python train.py config/small.py --resume            go on after an interruption, exactly
     python train.py --help                              every key
 

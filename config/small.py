@@ -18,10 +18,14 @@ num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim = 4, 4, 2,
 qk_norm = True                # learns faster, and the sampler's log-probs stay closer to the trainer's
 max_position_embeddings = 256
 
-# RL: 384 rollouts a step, at most 12 attempts each.
-steps = 60
-prompts_per_step, group_size = 32, 12
+# RL: 384 rollouts a step, at most 12 attempts each. Progress has its baseline in its own trace, so pairs are enough, and many
+# problems teach more; GRPO wants groups and a single pass (config/small_grpo.py).
+steps = 50
+prompts_per_step, group_size = 192, 2
+epochs = 3                    # passes over a step's rollouts
 thinking_budget = 108         # 12 attempts of 9 tokens
 learning_rate = 3e-4          # falls to 0 at the end: at a constant rate accuracy falls again after step 40
 algorithm = "mrt_online"
 alpha = 1.0
+progress_norm = "std"         # not centred: an episode that changes nothing costs nothing …
+J_discount = 0.95             # … but where the answer is known, going on costs a twentieth of it

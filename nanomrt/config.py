@@ -98,7 +98,7 @@ class RunConfig:
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
     alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO", 0)
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
-    J_discount: float = key(1.0, "what J keeps of its worth in an episode: progress is J_discount · J after - J before", 0, 1)
+    J_discount: float = key(1.0, "of mrt_online and mrt: progress is J_discount · J after - J before", 0, 1)
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
@@ -154,8 +154,6 @@ class RunConfig:
              "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
             (not self.repeat_penalty or self.algorithm in ("grpo", "mrt_online", "mrt"),
              f"repeat_penalty is part of the credit of grpo, mrt_online and mrt: leave it at 0 for algorithm={self.algorithm}"),
-            (self.J_discount == 1 or self.algorithm in ("mrt_online", "mrt"),
-             f"J_discount belongs to the progress of mrt_online and mrt: algorithm={self.algorithm} wants it at 1"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
             (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "

@@ -145,7 +145,6 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--repeat_penalty=-1", "repeat_penalty=-1.0 must be at least 0"),
     ("", "--repeat_penalty=1 --algorithm=vineppo", "leave it at 0 for algorithm=vineppo"),
     ("", "--J_discount=0", "J_discount must be positive"),
-    ("", "--J_discount=0.9 --algorithm=anytime", "J_discount belongs to the progress of mrt_online and mrt: algorithm=anytime"),
     ("", "--learning_rate_end=2", r"learning_rate_end=2\.0 must lie in 0\.\.1"),
     ("", "--forks=4", "forks=4 greedy answers would all be the same: set fork_temperature"),
     ("", "--num_attention_heads=3", "num_attention_heads must be a multiple of num_key_value_heads"),

@@ -142,13 +142,14 @@ def test_the_command_shows_every_credit_for_both_decisions(run, monkeypatch, cap
 
 
 def test_a_run_with_a_key_that_only_its_own_credit_has_can_be_asked(run, monkeypatch, capsys):
-    """grpo hasn't J_discount."""
+    """length_penalty hasn't repeat_penalty."""
     monkeypatch.setattr(Countdown, "grade", lambda task, problem, response: float(zlib.crc32(response.encode()) % 2))
-    save_config(replace(read_config(run / "config.json"), J_discount=0.9, repeat_penalty=0.1), run / "config.json")
+    save_config(replace(read_config(run / "config.json"), repeat_penalty=0.1), run / "config.json")
     words = [str(run), "--problems", "6", "--algorithms"]
-    assert influence.main([*words, "mrt_online,grpo+J_discount=1"]) == 0 and "| mrt_online |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="J_discount belongs to"):
-        influence.main([*words, "grpo"])
+    assert influence.main([*words, "mrt_online,length_penalty+repeat_penalty=0"]) == 0
+    assert "| mrt_online |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="repeat_penalty is part of"):
+        influence.main([*words, "length_penalty"])
 
 
 @pytest.mark.parametrize("words, says", [
