@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
@@ -36,7 +36,7 @@ import train
 from data.countdown import Countdown
 from evaluate import COLOURS, distinct, evaluate_policy
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError, load_config, parse_arm, parse_overrides, read_config, run_name
+from nanomrt.config import RunConfig, UserError, differences, load_config, parse_arm, parse_overrides, read_config, run_name
 from nanomrt.metrics import ratio
 from nanomrt.run import choose_device
 from nanomrt.warmstart import cached_warm_start, warm_folder
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not jobs or jobs[0].arm != baseline:
             raise UserError(f"{folder} has no such run of {baseline}, the baseline: leave out --report to train it, or name "
                             "another arm first")
+    for job in jobs:
+        if job.result.is_file() and (changed := differences(json.loads(job.result.read_text())["config"], job.config)):
+            raise UserError(f"{job.result} was made with {changed}: remove it, or keep new ones elsewhere with --results=…")
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
@@ -181,8 +184,11 @@ def run_job(job: Job) -> None:
     job.run.parent.mkdir(parents=True, exist_ok=True)
     begun, threads = job.run / "config.json", job.config.threads
     try:
-        if begun.is_file() and read_config(begun).threads != threads:
+        before = read_config(begun) if begun.is_file() else job.config
+        if before.threads != threads:
             raise ValueError(f"it wasn't trained with threads={threads}, so its CPU time can't be compared")
+        if changed := differences(asdict(before), job.config):
+            raise ValueError(f"it was trained with {changed}")
     except ValueError as error:
         raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
     if not (job.run / "summary.json").is_file():

@@ -308,7 +308,8 @@ def elementwise_case(name: str, N: int, width: tuple[int, ...], device: str, dty
     learned = sum(y.nbytes for y in inputs if isinstance(y, Tensor) and y.requires_grad)
     # Forward reads what it gets and writes the result; backward reads all that and writes a gradient for each.
     moved = {FORWARD: learned + upstream.nbytes, BACKWARD: 2 * learned + upstream.nbytes}
-    if name == "rotate":  # what was turned is not needed to turn back
+    if name == "rotate":  # half of cos and of sin; and what was turned is not needed to turn back
+        moved[FORWARD] += rest[0].nbytes
         moved[BACKWARD] = moved[FORWARD]
     shape = " x ".join(map(str, (N, *width)))
     return Case(f"{name}, {shape}", inputs, upstream, {FORWARD: 0, BACKWARD: 0}, bytes=moved)

@@ -8,7 +8,7 @@ is one kernel forward and one backward. All arithmetic is in fp32; results are r
 RMSNorm of a row x of C numbers, with weight w, upstream gradient g, and sums and means over the row:
 
     (1) r = 1 / sqrt(mean x² + eps)     n = x r     y = n w
-    (2) dx = r (g w - n mean(g w n))    since n keeps its length: what g w has of n's direction falls away
+    (2) dx = r (g w - n mean(g w n))    as dr/dx_i = -r² n_i / C; but for eps, n keeps its length: what g w has of n falls away
     (3) dw = sum over rows of g n
 
 Rotation turns each pair (a, b) = (x_i, x_{i+D/2}) of a head by the angle of its position:
@@ -64,7 +64,7 @@ def rms_norm_backward_kernel(x, weight, g, dx, part, N, C, eps, ROWS: tl.constex
         place, inside = rows[:, None].to(tl.int64) * C + columns[None, :], (rows < N)[:, None] & (columns < C)[None, :]
         numbers = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(numbers * numbers, 1) / C + eps)
+        r = tl.where(rows < N, tl.rsqrt(tl.sum(numbers * numbers, 1) / C + eps), 0.0)  # infinite where eps is 0 and no row
         n, gw = numbers * r[:, None], upstream * w[None, :]
         along = tl.sum(gw * n, 1) / C
         tl.store(dx + place, ((gw - n * along[:, None]) * r[:, None]).to(dx.dtype.element_ty), mask=inside)  # (2)
@@ -91,7 +91,7 @@ def rotate_kernel(x, cos, sin, y, rows_in_all, H, D, cos_stride, sin_stride,
 
 @triton.jit
 def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
-    """(5) for BLOCK numbers."""
+    """(5) for BLOCK numbers. Compiled twice at most: for sizes that 16 divides (16 bytes at a time), and for others."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     a = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)

@@ -258,6 +258,13 @@ def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     return "-".join([Path(path).stem, *values])
 
 
+def differences(saved: dict[str, Any], config: RunConfig) -> str:
+    """What a run that saved these values was trained with and `config` isn't, 'epochs=1, steps=60'; '' if nothing. A key that it
+    hasn't came later, and had its default's effect."""
+    before = {name: saved.get(name, f.default) for name, f in KEYS.items() if name not in HOW}
+    return ", ".join(f"{name}={value}" for name, value in before.items() if value != getattr(config, name))
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(json.dumps(asdict(config), indent=2) + "\n")
 

@@ -23,10 +23,10 @@ import torch
 
 from nanomrt import checkpoint, report
 from nanomrt.config import (
-    HOW,
     RunConfig,
     UserError,
     describe,
+    differences,
     load_config,
     parse_overrides,
     read_config,
@@ -198,9 +198,8 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     if "--resume" in flags:
         if before is None:
             raise UserError(f"nothing to resume in {folder}: run the same command without --resume")
-        changed = [name for name, value in asdict(before).items() if value != getattr(config, name) and name not in HOW]
-        if changed:
-            raise UserError(f"{path} has changed since {folder} began ({', '.join(changed)}): restore it, or start a new run")
+        if changed := differences(asdict(before), config):
+            raise UserError(f"{path} has changed since {folder} began with {changed}: restore it, or start a new run")
     elif before is not None:
         raise UserError(f"{folder} exists: add --resume to go on with it, or remove it to start again")
     return config, folder, flags

@@ -72,11 +72,11 @@ def test_every_way_of_decoding_gives_the_same():
 
 
 def test_bytes_of_norms_rotations_and_swiglu():
-    """Five rows of 16 numbers: an fp32 row in and a bf16 row out, with a weight; two bytes a number otherwise; no goal."""
+    """Five rows of 16 numbers: fp32 in and bf16 out, and a weight; else two bytes a number, and the angles; no goal."""
     make = lambda name, *width: bench.elementwise_case(name, 5, width, "cpu", torch.bfloat16)
     norm, turn, gate = make("rms_norm", 16), make("rotate", 2, 16), make("swiglu", 16)
     assert norm.bytes == {bench.FORWARD: 80 * (4 + 2) + 64, bench.BACKWARD: 80 * (4 + 2 + 4) + 2 * 64}
-    assert turn.bytes == {bench.FORWARD: 160 * (2 + 2), bench.BACKWARD: 160 * (2 + 2)}
+    assert turn.bytes == {phase: 160 * (2 + 2) + 5 * 16 * 4 for phase in (bench.FORWARD, bench.BACKWARD)}
     assert gate.bytes == {bench.FORWARD: 80 * 2 * 3, bench.BACKWARD: 80 * 2 * 5}
     assert all(case.goal(bench.FORWARD) is None for case in (norm, turn, gate))
     for case in (norm, turn, gate):

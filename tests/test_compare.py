@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,9 +164,21 @@ def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
     save_config(replace(job.config, threads=2), job.run / "config.json")
     with pytest.raises(UserError, match="wasn't trained with threads=1.*--out_dir"):
         compare.run_job(job)
+    save_config(replace(job.config, steps=7, save_every=3), job.run / "config.json")  # the config file has changed since
+    with pytest.raises(UserError, match=r"it was trained with steps=7: remove it, or train elsewhere"):
+        compare.run_job(job)
     (job.run / "config.json").write_text('{"alhpa": 1}')  # another version's
     with pytest.raises(UserError, match="unknown key 'alhpa'.*--out_dir"):
         compare.run_job(job)
+
+
+def test_a_result_of_another_config_is_not_shown_as_one_of_this(tmp_path):
+    """A config file that was edited since then is not what made it."""
+    job = compare.Job.of(Path("config/tiny.py"), "grpo", 0, {}, tmp_path / "tiny", "test")
+    job.result.parent.mkdir()
+    job.result.write_text(json.dumps({"config": asdict(replace(job.config, steps=7, threads=2))}))
+    with pytest.raises(UserError, match="grpo-seed=0.json was made with steps=7: remove it"):
+        compare.main(["config/tiny.py", "--algorithms=grpo", "--seeds=1", "--report", f"--results={tmp_path}"])
 
 
 KILLED = """
