@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "another arm first")
     for job in jobs:
         if job.result.is_file() and (changed := differences(json.loads(job.result.read_text())["config"], job.config)):
-            raise UserError(f"{job.result} was made with {changed}: remove it, or keep new ones elsewhere with --results=…")
+            print(f"warning: {job.result} was made with {changed}; remove it to train it anew", file=sys.stderr)
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:

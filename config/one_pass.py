@@ -1,0 +1,9 @@
+# config/small.py in a schedule that GRPO and MRT share, with progress as in the paper: what the credit alone makes of the same
+# rollouts (README.md).
+
+base = "small.py"
+steps = 60
+prompts_per_step, group_size = 32, 12
+epochs = 1
+progress_norm = "mean_std"    # centred: every episode costs the batch's mean progress
+J_discount = 1.0
