@@ -4,9 +4,9 @@
     python compare.py config/study.py --algorithms grpo,mrt_online,mrt_online+alpha=2 --seeds 0,1 --split validation
 
 An arm is an algorithm, perhaps with keys of its own (`mrt_online+alpha=2`); the first arm is the baseline; any other
-`--key=value` holds for all. Runs of one seed share their warm start. Every finished run is one file in results/<config's name>/:
-what has one isn't trained again, and an interrupted run goes on where it was. Methods are compared three ways, because they
-spend differently:
+`--key=value` holds for all. Runs of one seed share their warm start. Every finished run is one file in results/<config's
+name>/: what has one isn't trained again (if its config was another, a warning says so), and an interrupted run goes on where it
+was. Methods are compared three ways, because they spend differently:
 
     equal steps     after all steps
     equal tokens    when as many tokens have been sampled, forks included, as the baseline samples in all its steps

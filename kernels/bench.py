@@ -557,7 +557,7 @@ def plan(device: str, dtype: torch.dtype, quick: bool) -> dict[str, tuple[list[P
         vocabularies = [(1536, 151936)] if quick else [(896, 151936), (1536, 151936), (2048, 128256)]
         forks = [(S, M, 4096, 256, 12, 2, 128) for S, M in ([(64, 16)] if quick else [(64, 16), (1, 64), (64, 1)])]
         between = [("rms_norm", 8192, (1536,)), ("rotate", 8192, (12, 128)), ("swiglu", 8192, (8960,))]
-        between += [] if quick else [("rms_norm", 8192, (16, 128)), ("rms_norm", 8192, (4096,)), ("swiglu", 384, (1280,))]
+        between += [] if quick else [("rms_norm", 8192, (4096,)), ("swiglu", 384, (1280,))]
     return {"attention": (ATTENTION, [partial(attention_case, name, lengths, *shape, device, dtype)
                                       for name, lengths in packs.items() for shape in heads]),
             "logprob": (LOGPROB, [partial(logprob_case, N, C, V, device, dtype) for C, V in vocabularies for N in rows]),

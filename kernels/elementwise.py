@@ -27,7 +27,7 @@ Backward computes r, n and s once more: they take no memory between the passes, 
           ROWS [x x x x x x x x x x x x x]     registers. For (3) it walks down SPAN such tiles and leaves one partial sum;
                …                               PyTorch adds those up, always in one order.
 
-Dimension key: N rows, C width, H heads, D head dim.
+Dimension key: N rows (of a rotation: tokens, with H rows each), C width, H heads, D head dim.
 """
 
 import torch
@@ -202,7 +202,7 @@ def _save_swiglu(ctx, inputs, output):
 
 
 rms_norm.register_autograd(lambda ctx, g: (*rms_norm_backward(*ctx.saved_tensors, g, ctx.eps), None, None),
-                               setup_context=_save_norm)
+                           setup_context=_save_norm)
 turn.register_autograd(lambda ctx, g: (turn(g, *ctx.saved_tensors, not ctx.back), None, None, None), setup_context=_save_turn)
 swiglu.register_autograd(lambda ctx, g: swiglu_backward(*ctx.saved_tensors, g), setup_context=_save_swiglu)
 
