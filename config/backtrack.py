@@ -1,9 +1,7 @@
 # MRT's backtracking form: after a failed attempt the policy may go back to one of its running results and on from there.
 
-base = "small.py"
+base = "one_pass.py"
 trace_backtrack = 0.5         # of the attempts after a failure: the warm start shows how it is done
 trace_repeat = 0.1
 algorithm = "mrt_b"           # every rollout begins with an attempt of its own; the reward is what it gained over that
-prompts_per_step, group_size = 32, 12
-epochs = 1                    # its reward is compared within a group, as GRPO's is
 max_position_embeddings = 320 # an attempt, and a budget after it

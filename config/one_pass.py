@@ -1,4 +1,4 @@
-# config/small.py in a schedule that GRPO and MRT share, with progress as in the paper: what the credit alone makes of the same
+# config/small.py in a schedule that GRPO and MRT share, with standardised progress: what the credit alone makes of as many
 # rollouts (README.md).
 
 base = "small.py"

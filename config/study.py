@@ -3,6 +3,6 @@
 
 base = "one_pass.py"
 steps = 50
-prompts_per_step, group_size = 16, 12
+prompts_per_step = 16
 eval_samples = 2
 save_every = 10               # compare.py evaluates these checkpoints, to compare at equal tokens and at equal time
