@@ -2,11 +2,12 @@
 
     python compare.py config/study.py --algorithms grpo,mrt_online,length_penalty --seeds 3
     python compare.py config/study.py --algorithms grpo,mrt_online,mrt_online+alpha=2 --seeds 0,1 --split validation
+    python compare.py config/small.py --algorithms small_grpo,mrt_online --seeds 5
 
-An arm is an algorithm, perhaps with keys of its own (`mrt_online+alpha=2`); the first arm is the baseline; any other
-`--key=value` holds for all. Runs of one seed share their warm start. Every finished run is one file in results/<config's
-name>/: what has one isn't trained again (if its config was another, a warning says so), and an interrupted run goes on where it
-was. Methods are compared three ways, because they spend differently:
+An arm is an algorithm, or the name of a config file beside this one (`small_grpo`), perhaps with keys of its own
+(`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all. Runs of one seed share their warm
+start. Every finished run is one file in results/<config's name>/: what has one isn't trained again (if its config was another, a
+warning says so), and an interrupted run goes on where it was. Methods are compared three ways, because they spend differently:
 
     equal steps     after all steps
     equal tokens    when as many tokens have been sampled, forks included, as the baseline samples in all its steps
@@ -36,7 +37,17 @@ import train
 from data.countdown import Countdown
 from evaluate import COLOURS, distinct, evaluate_policy
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError, differences, load_config, parse_arm, parse_overrides, read_config, run_name
+from nanomrt.config import (
+    ALGORITHMS,
+    RunConfig,
+    UserError,
+    differences,
+    load_config,
+    parse_arm,
+    parse_overrides,
+    read_config,
+    run_name,
+)
 from nanomrt.metrics import ratio
 from nanomrt.run import choose_device
 from nanomrt.warmstart import cached_warm_start, warm_folder
@@ -106,7 +117,7 @@ class Job:
     """One run of one arm."""
 
     arm: str
-    config_path: Path
+    config_path: Path  # the comparison's, or that of the arm
     overrides: dict[str, str]
     config: RunConfig
     split: str
@@ -115,11 +126,15 @@ class Job:
 
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
-        overrides = {**shared, **parse_arm(arm), "seed": str(seed)}
+        setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
+        own, sibling = parse_arm(arm), config_path.with_name(f"{arm.split('+')[0]}.py")
+        if own["algorithm"] not in ALGORITHMS and sibling.is_file():
+            config_path = sibling
+            del own["algorithm"]
+        overrides = {**shared, **own, "seed": str(seed)}
         if choose_device(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
-        setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
         return cls(arm, config_path, overrides, config, split, setting, folder / f"{arm}-seed={seed}{setting}.json")
 
     @property

@@ -39,6 +39,15 @@ def test_an_arm_is_an_algorithm_with_keys_of_its_own():
     assert job.result == Path("r/mrt_online+alpha=2+gamma=0.5-seed=3-steps=7-validation.json") and job.run.parent == Path("out")
 
 
+def test_an_arm_is_a_config_file_beside_this_one():
+    """With its own algorithm and keys, and the run's name that train.py gives it."""
+    job = compare.Job.of(Path("config/small.py"), "small_grpo+steps=7", 3, {"eval_problems": "9"}, Path("r"), "test")
+    config = load_config("config/small_grpo.py", {"steps": "7", "seed": "3", "eval_problems": "9", "threads": "1"})
+    assert replace(job.config, threads=1) == config and config.algorithm == "grpo"
+    assert job.result == Path("r/small_grpo+steps=7-seed=3-eval_problems=9.json")
+    assert job.run == Path("out/small_grpo-eval_problems=9-seed=3-steps=7") and job.config_path == Path("config/small_grpo.py")
+
+
 def test_runs_with_other_settings_have_other_names():
     """A file is never taken for that of a run with another key; what the config file says anyway is no difference."""
     name = lambda **shared: compare.Job.of(Path("config/tiny.py"), "grpo", 0, shared, Path(), "test").result.name
