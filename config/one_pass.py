@@ -5,5 +5,6 @@ base = "small.py"
 steps = 60
 prompts_per_step, group_size = 32, 12
 epochs = 1
+gamma = 0.0                   # an episode's own progress only
 progress_norm = "mean_std"    # centred: every episode costs the batch's mean progress
 J_discount = 1.0
