@@ -49,7 +49,7 @@ from nanomrt.config import (
     run_name,
 )
 from nanomrt.metrics import ratio
-from nanomrt.run import choose_device
+from nanomrt.run import choose_device, device_of
 from nanomrt.warmstart import cached_warm_start, warm_folder
 
 RESAMPLES = 1000
@@ -132,7 +132,7 @@ class Job:
             config_path = sibling
             del own["algorithm"]
         overrides = {**shared, **own, "seed": str(seed)}
-        if choose_device(load_config(config_path, overrides)) == "cpu":
+        if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
         return cls(arm, config_path, overrides, config, split, setting, folder / f"{arm}-seed={seed}{setting}.json")
@@ -148,7 +148,7 @@ def run_all(jobs: list[Job], processes: int) -> None:
 
     if not jobs:
         return
-    processes = processes or (os.cpu_count() if choose_device(jobs[0].config) == "cpu" else 1)
+    processes = processes or (os.cpu_count() if device_of(jobs[0].config) == "cpu" else 1)
     first = {shared_start(job): job for job in jobs}  # any job that begins there knows how to make it
     steps = sum(job.config.steps for job in jobs)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent)

@@ -45,11 +45,17 @@ def generator_for(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def choose_device(config: RunConfig) -> str:
-    """The device of a run; on a CPU it says so in one line."""
+def device_of(config: RunConfig) -> str:
+    """The device of a run: "cuda" or "cpu"."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but PyTorch sees no GPU: use --device=cpu")
+    return device
+
+
+def choose_device(config: RunConfig) -> str:
+    """The same, and on a CPU as many threads as the config asks for; it says so in one line."""
+    device = device_of(config)
     if device == "cpu":
         if config.threads:
             torch.set_num_threads(config.threads)

@@ -59,7 +59,7 @@ def test_only_a_run_on_a_cpu_is_told_its_threads(monkeypatch):
     """There time is CPU time, of one thread; on a GPU train.py and compare.py make the same run."""
     threads = lambda: compare.Job.of(Path("config/tiny.py"), "grpo", 0, {}, Path(), "test").config.threads
     for device, told in (("cpu", 1), ("cuda", load_config("config/tiny.py").threads)):
-        monkeypatch.setattr(compare, "choose_device", lambda config, device=device: device)
+        monkeypatch.setattr(compare, "device_of", lambda config, device=device: device)
         assert threads() == told
 
 

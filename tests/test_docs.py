@@ -67,3 +67,19 @@ def test_the_family_is_listed():
 def test_quoted_configurations_exist():
     for name in re.findall(r"config/\w+\.py", README):
         assert (ROOT / name).is_file()
+
+
+def quoted(text: str) -> list[tuple[float, float, float, int]]:
+    """Every 'value [low high]' of a table, and the digits after its point."""
+    found = re.findall(r"([+-]?[\d.]+) \[([+-]?[\d.]+) ([+-]?[\d.]+)\]", text.replace("−", "-").replace("*", ""))
+    return [(*map(float, numbers), len(numbers[0].partition(".")[2])) for numbers in found]
+
+
+def test_the_readme_quotes_the_table_of_its_runs():
+    """Every value with its interval, as `compare.py` wrote it for results/small."""
+    table = {numbers[:3] for numbers in quoted((ROOT / "results/small/comparison.md").read_text())}
+    stated = quoted(README[README.index("## Results") : README.index("### The family, compared")])
+    assert len(stated) >= 20
+    for *numbers, digits in stated:
+        near = 0.5 * 10**-digits + (0.06 if digits == 0 else 1e-9)  # of what the table rounded already
+        assert any(all(abs(a - b) <= near for a, b in zip(numbers, row)) for row in table), numbers
