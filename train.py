@@ -11,7 +11,6 @@ Read next: nanomrt/mrt.py, the algorithm. `update` below is where RL takes its g
 
 import shlex
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed, packs
-from nanomrt.mrt import Batch, clipped_loss, in_teaching_group, kl_penalty, likelihood_loss, token_weights
+from nanomrt.mrt import Batch, clipped_loss, in_teaching_group, kl_penalty, likelihood_loss, taught_lengths, token_weights
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start
@@ -146,7 +145,8 @@ def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: R
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
            run: Run) -> dict[str, float]:
     """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what the loss's own tensors say about it."""
-    config, seen, parts = run.config, defaultdict(float), []
+    config, parts = run.config, []
+    seen = dict.fromkeys(("loss", "entropy", "clip_fraction", "max_logprob_diff", "grad_norm", "tokens"), 0.0)
     shuffle = generator_for(config.seed, "update", run.step)
     kept = in_teaching_group(batch, advantage)  # (B,)
     if config.equal_groups == "keep" or not kept.any():  # if nobody has an advantage, a KL still pulls at everybody
@@ -158,11 +158,14 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
         weight = torch.zeros_like(advantage)  # (N,)
         weight[batch.flat(minibatch)] = token_weights(batch.take(minibatch), config.loss_norm, config.thinking_budget,
                                                       config.truncated)
+        # What no gradient comes from is not computed: rollouts without an advantage, and what follows a rollout's last one.
+        length = taught_lengths(batch, weight * advantage if ref_logprob is None else weight)  # (B,) a KL teaches every action
+        taught = minibatch[length[minibatch] > 0]
         optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(batch.lengths[minibatch], config.micro_batch_tokens):
-            rows = minibatch[part]
-            logprob, entropy, action = score(model, batch.take(rows), config.temperature)  # (n,)
-            at = batch.flat(rows)[action]  # (n,) the same actions on the batch's axis
+        for part in micro_batches(length[taught], config.micro_batch_tokens):
+            rows = taught[part]
+            logprob, entropy, action = score(model, batch.take(rows, length), config.temperature)  # (n,)
+            at = batch.flat(rows, length)[action]  # (n,) the same actions on the batch's axis
             w, A, old = weight[at], advantage[at], batch.logprob[at]
             if METHODS[config.algorithm].supervised:
                 old = logprob.detach()  # nobody sampled these tokens, or not as they stand

@@ -48,16 +48,17 @@ class Batch:
         """(B,) the first token of each rollout."""
         return self.lengths.cumsum(0) - self.lengths
 
-    def flat(self, rows: Tensor) -> Tensor:
-        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout."""
-        lengths = self.lengths[rows]
+    def flat(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout: all, or the first lengths (B,)."""
+        lengths = (self.lengths if lengths is None else lengths)[rows]
         start = (self.offset[rows] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         return start + torch.arange(len(start), device=start.device)
 
-    def take(self, rows: Tensor) -> "Batch":
-        """The batch of these rollouts."""
-        flat = self.flat(rows)
-        return Batch(self.tokens[flat], self.lengths[rows], self.is_action[flat], self.logprob[flat], self.reward[rows],
+    def take(self, rows: Tensor, lengths: Tensor | None = None) -> "Batch":
+        """The batch of these rollouts, whole, or cut after the first lengths (B,) tokens of each."""
+        lengths = self.lengths if lengths is None else lengths
+        flat = self.flat(rows, lengths)
+        return Batch(self.tokens[flat], lengths[rows], self.is_action[flat], self.logprob[flat], self.reward[rows],
                      self.prompt_id[rows], self.finished[rows])
 
 
@@ -273,6 +274,13 @@ def in_teaching_group(batch: Batch, advantage: Tensor) -> Tensor:
     such a group."""
     ids, group = batch.prompt_id.unique(return_inverse=True)
     return torch.zeros(len(ids), device=group.device).index_add(0, group[batch.row], (advantage != 0).float())[group] > 0
+
+
+def taught_lengths(batch: Batch, value: Tensor) -> Tensor:
+    """(B,) the tokens of each rollout up to the last whose value, w_t A_t of (4), is not 0: what follows has no gradient, and
+    attention is causal, so no gradient passes through it either. value: (N,)."""
+    place = torch.arange(1, len(batch.tokens) + 1, device=value.device) - batch.offset[batch.row]  # (N,) 1 is a rollout's first
+    return torch.zeros_like(batch.lengths).scatter_reduce(0, batch.row, place * (value != 0), "amax")
 
 
 def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:

@@ -22,7 +22,7 @@ from data.countdown import Countdown
 from nanomrt import checkpoint, warmstart
 from nanomrt.config import RunConfig, UserError, load_config, parse_overrides
 from nanomrt.model import Llama, Packed
-from nanomrt.mrt import Batch, token_weights
+from nanomrt.mrt import Batch, clipped_loss, token_weights
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import written
 from nanomrt.run import Run
@@ -100,9 +100,9 @@ def test_sampler_and_trainer_score_the_same_distribution(finished):
 
 
 def test_the_ledger_counts_the_actions_that_were_trained(finished):
-    """On-policy and online, every sampled trace token is trained exactly once."""
+    """On-policy and online, every sampled trace token is trained once, or never if no gradient would come from it."""
     last = metrics(finished)[-1]
-    assert last["update_tokens"] == last["trace_tokens"]
+    assert 0 < last["update_tokens"] <= last["trace_tokens"]
 
 
 def test_the_runs_of_these_tests_learn(finished):
@@ -378,6 +378,34 @@ def test_skipping_equal_groups_and_masking_cut_off_rollouts_leave_the_others(mod
     assert not same(others, update_gradient(model, batch, some, tmp_path, algorithm="grpo"))
     everyone = update_gradient(model, batch, advantage, tmp_path, algorithm="grpo")
     assert same(everyone, update_gradient(model, batch, advantage, tmp_path, algorithm="grpo", equal_groups="skip"))
+
+
+def test_what_no_gradient_comes_from_is_not_computed(model, on_policy, tmp_path, monkeypatch):
+    """A rollout without an advantage, and what follows another one's last: the gradient is the whole batch's all the same."""
+    batch, advantage = on_policy
+    config = load_config(ROOT / "config/tiny.py")
+    last = int(batch.is_action.nonzero()[3])  # the fourth action of the first rollout
+    some = advantage * batch.is_action
+    some[last + 1 : int(batch.lengths[:2].sum())] = 0.0  # the rest of it, and all of the second one
+    logprob, _, action = train.score(model, batch, config.temperature)
+    weight = token_weights(batch, config.loss_norm, config.thinking_budget, config.truncated)[action]
+    clipped_loss(logprob, batch.logprob[action], some[action], weight, config.clip_low, config.clip_high).backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters()]
+    read, score = [], train.score
+    monkeypatch.setattr(train, "score", lambda model, batch, *rest: read.append(len(batch.tokens)) or score(model, batch, *rest))
+    assert same(whole, update_gradient(model, batch, some, tmp_path, algorithm="grpo"))
+    assert sum(read) == last + 1 + int(batch.lengths[2])
+
+
+def test_a_batch_that_teaches_nothing_moves_nothing(model, on_policy, tmp_path):
+    """Not even by the optimiser's momentum."""
+    batch, advantage = on_policy
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu")
+    train.update(model, optimizer, batch, advantage, None, run)
+    before, tokens = [parameter.clone() for parameter in model.parameters()], run.ledger["update"]
+    learned = train.update(model, optimizer, batch, 0 * advantage, None, run)
+    assert same(before, list(model.parameters())) and run.ledger["update"] == tokens and learned["grad_norm"] == 0.0
 
 
 @pytest.mark.parametrize("ratio, weight", [(4.0, 2.0), (0.25, 0.25)])
