@@ -24,6 +24,7 @@ steps = 50
 prompts_per_step, group_size = 192, 2
 epochs = 3                    # passes over a step's rollouts
 thinking_budget = 108         # 12 attempts of 9 tokens
+micro_batch_tokens = 2048     # fits a core's cache; on a GPU more is faster
 learning_rate = 3e-4          # falls to 0 at the end: at a constant rate accuracy falls again after step 40
 algorithm = "mrt_online"
 alpha = 1.0

@@ -179,7 +179,8 @@ class RunConfig:
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}
-HOW = {"out_dir", "device", "threads", "save_every", "sample_every"}  # where and how to run: no part of what comes out
+# Where and how to run: no part of what comes out, but for rounding.
+HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
 BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
