@@ -91,7 +91,7 @@ def rotate_kernel(x, cos, sin, y, rows_in_all, H, D, cos_stride, sin_stride,
 
 @triton.jit
 def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
-    """(5) for BLOCK numbers. Compiled twice at most: for sizes that 16 divides (16 bytes at a time), and for others."""
+    """(5) for BLOCK numbers. Sizes that 16 divides have a binary of their own, which moves 16 bytes at a time."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     a = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
@@ -116,7 +116,8 @@ def swiglu_backward_kernel(gate, up, g, dgate, dup, size, BLOCK: tl.constexpr):
 
 
 def tile_of(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile for rows of this width, and the warps that hold it."""
+    """Rows and columns of a program's tile for rows of this width, and the warps that hold it. The backward pass of a norm wider
+    than 8,192 has more than their registers: it spills."""
     columns = triton.next_power_of_2(width)
     return max(TILE // columns, 1), columns, min(max(4 * columns // TILE, 4), 16)
 
@@ -124,6 +125,8 @@ def tile_of(width: int) -> tuple[int, int, int]:
 @torch.library.custom_op("nanomrt::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """(1): x (…,C) over the root of its mean square, times weight (C,); computed in fp32, returned in `dtype`."""
+    if x.shape[-1] != len(weight):
+        raise ValueError(f"x {tuple(x.shape)} has rows of {x.shape[-1]} numbers, but there are {len(weight)} weights")
     x, weight, C = x.contiguous(), weight.contiguous(), len(weight)
     y, N = torch.empty_like(x, dtype=dtype), x.numel() // C
     rows, columns, warps = tile_of(C)
@@ -149,6 +152,9 @@ def rms_norm_backward(x: Tensor, weight: Tensor, g: Tensor, eps: float) -> tuple
 def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """(4) of x (N,H,D) by the angles of cos and sin (N,1,D), or by their negatives."""
     x, (N, H, D) = x.contiguous(), x.shape
+    if not cos.shape == sin.shape == (N, 1, D):
+        raise ValueError(f"x {tuple(x.shape)} needs cos and sin ({N}, 1, {D}), not {tuple(cos.shape)} and {tuple(sin.shape)}: "
+                         "expand them, which copies nothing")
     cos, sin = (angles if angles.stride(-1) == 1 else angles.contiguous() for angles in (cos, sin))
     y = torch.empty_like(x)
     rows, pairs, warps = tile_of(D // 2)
@@ -161,6 +167,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 @torch.library.custom_op("nanomrt::swiglu", mutates_args=())
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """(5): silu(gate) · up, of two tensors of one shape."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"gate {tuple(gate.shape)} of {gate.dtype} and up {tuple(up.shape)} of {up.dtype} must be alike")
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     if y.numel():

@@ -8,9 +8,9 @@ profiler, each operation's own kernels only, backward included; shares are of th
 backward count as products. MFU is the model's FLOPs (6 per parameter and token, and attention's) against the wall clock of a step
 without the profiler and the rate of a large bf16 matrix product.
 
-`floor` is the least that everything but products, attention and log-probs could take: each activation that a norm, a rotation,
-a SwiGLU or a residual sum reads or writes moves once, in the type it has, forward and twice backward; and each weight is cast
-once, and its gradient back. What stands above the floor is what fusing could save; a kernel has to be worth 5 % of a step.
+`floor` is the least that everything but products, attention and log-probs could take: what a norm, a rotation, a SwiGLU or a
+residual sum reads and writes moves once, in the type it has, forward and backward; and each weight is cast once, and its gradient
+back. What stands above the floor is what fusing could save; a kernel has to be worth 5 % of a step.
 """
 
 import argparse
@@ -43,7 +43,7 @@ GROUPS = {  # the first pattern that an operation's name matches
     "products": r"aten::(mm|addmm|bmm)$",
     "attention": r"nanomrt::attention|scaled_dot_product",
     "log-probs": r"nanomrt::token_logprobs|log_softmax",
-    "norms": r"rms_norm|layer_norm|rsqrt|aten::mean",
+    "norms": r"rms_norm|layer_norm|rsqrt|aten::mean",  # but the sum over the parts of a weight's gradient: that is `aten::sum`
     "rotations": r"nanomrt::rotate",
     "SwiGLU": r"silu|swiglu",
     "casts and copies": r"aten::(copy_|_to_copy|cat|roll|contiguous|clone)",
@@ -65,12 +65,12 @@ def floor_bytes(config: ModelConfig, tokens: int, parameters: int) -> int:
     """Least traffic of a step's elementwise operations, in bytes: see the module's docstring. The residual stream has four
     bytes a number, all else two; the products' weights are cast from four to two, and their gradients back."""
     C, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads + config.num_key_value_heads
-    norms = 2 * (4 + 2) * C
-    residual = 2 * (4 + 2 + 4) * C
-    rotation = (2 + 2) * heads * config.head_dim
-    swiglu = (2 + 2 + 2) * F
+    norms = 2 * (6 + 10) * C  # of x: y; of x and y's gradient: x's
+    residual = 2 * (10 + 18) * C  # of stream and branch: their sum; of its gradient: the branch's, and the sum with the norm's
+    rotation = (4 + 4) * heads * config.head_dim
+    swiglu = (6 + 10) * F  # of gate and up: y; of both and y's gradient: theirs
     casts = 2 * (4 + 2) * parameters
-    return 3 * tokens * config.num_hidden_layers * (norms + residual + rotation + swiglu) + casts
+    return tokens * config.num_hidden_layers * (norms + residual + rotation + swiglu) + casts
 
 
 def flops(model: Llama, lengths: tuple[int, ...]) -> float:

@@ -12,7 +12,8 @@ forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branche
 step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
 grpo     a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
 
-Providers take turns, each figure is the median of the repetitions, and weights and tokens are random. Timing belongs here and
+Providers take turns (TRL's trainer comes last, by itself), each figure is the median of the repetitions, and weights and tokens
+are random. Timing belongs here and
 never in a test.
 """
 

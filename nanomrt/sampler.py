@@ -149,7 +149,9 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     free = CPU_BYTES
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, in PyTorch's hands
-        free = int(0.8 * (torch.cuda.mem_get_info(device)[0] + held))  # a fifth for activations and the prefixes in use
+        free = int(0.8 * (torch.cuda.mem_get_info(device)[0] + held))  # a fifth for activations
+    if len(prefix.positions) > 1:
+        free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
     fitting = (free - kept) // (T * token)
     if fitting < 1:
@@ -176,8 +178,9 @@ class Slots:
         self.contexts = None
         if keep:
             self.contexts = tuple(new_cache(model, len(segment), prefix.positions.shape[1] + T) for _ in range(2))
-            for whole, cache in zip(self.contexts, (prefix.keys, prefix.values)):
-                whole[:, :, :, : cache.shape[3]] = cache[:, segment]
+            for wholes, caches in zip(self.contexts, (prefix.keys, prefix.values)):
+                for whole, cache in zip(wholes, caches):  # layer by layer, or what is gathered would take as much again
+                    whole[:, :, : cache.shape[2]] = cache[segment]
         self.longest = self.read = 0  # no suffix is longer; what attention reads of each
         self._share()
 

@@ -319,10 +319,11 @@ def test_swiglu_and_its_gradients(shape, dtype):
 
 
 def test_elementwise_kernels_take_views_and_write_to_none():
-    """Every second number, swapped axes, an expanded upstream gradient: what contiguous tensors give, bit for bit."""
-    wide, weight = randn(6, 4, 64), randn(32, seed=1)
+    """Every second number or weight, swapped axes, an expanded upstream gradient: what contiguous tensors give, bit for bit."""
+    wide, weight = randn(6, 4, 64), randn(64, seed=1)[::2]
     cos, sin = angles(6, 32)
     before = wide.clone()
+    assert torch.equal(rms_norm(wide[..., :32], weight, 1e-6, FULL), rms_norm(wide[..., :32], weight.contiguous(), 1e-6, FULL))
     for f in (lambda x: rms_norm(x, weight, 1e-6, FULL), lambda x: rotate(x, cos, sin), lambda x: swiglu(x, x)):
         for view in (wide[..., ::2], wide[..., :32].transpose(0, 1).contiguous().transpose(0, 1)):
             results = []
@@ -335,7 +336,7 @@ def test_elementwise_kernels_take_views_and_write_to_none():
 
 
 def test_elementwise_kernels_of_nothing_and_of_frozen_weights():
-    """No token; and no gradient for what is frozen."""
+    """No token; and a weight or an input without a gradient."""
     weight, (cos, sin) = torch.ones(16, requires_grad=True), angles(0, 16)
     empty = torch.ones(0, 2, 16, requires_grad=True)
     out = swiglu(rotate(rms_norm(empty, weight, 1e-6, FULL), cos, sin), empty)
@@ -344,6 +345,19 @@ def test_elementwise_kernels_of_nothing_and_of_frozen_weights():
     x = randn(3, 16)
     loss = rms_norm(x, weight, 1e-6, FULL).sum() + rms_norm(x.requires_grad_(), weight.detach(), 1e-6, FULL).sum()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (x, weight)))
+
+
+@pytest.mark.parametrize("op, message", [
+    (lambda x: rms_norm(x, x.new_ones(8), 1e-6, FULL), "rows of 16 numbers, but there are 8 weights"),
+    (lambda x: rotate(x, *(angle[:1] for angle in angles(4, 16))), r"needs cos and sin \(4, 1, 16\), not \(1, 1, 16\)"),
+    (lambda x: rotate(x, *angles(4, 8)), r"not \(4, 1, 8\)"),
+    (lambda x: swiglu(x, x[:1]), "must be alike"),
+    (lambda x: swiglu(x, x.half()), "must be alike"),
+])
+def test_shapes_that_do_not_fit_are_an_error(op, message):
+    """The reference would broadcast some of them; a kernel would read past the end."""
+    with pytest.raises(ValueError, match=message):
+        op(randn(4, 2, 16))
 
 
 # --- the operators ---

@@ -189,7 +189,18 @@ def test_the_flops_of_a_step():
     C, F, V, H, K, D = 32, 64, 118, 2, 1, 16
     weights = C * H * D + 2 * C * K * D + H * D * C + 3 * C * F + V * C
     assert step_profile.flops(Llama(config), (2,)) == 6 * weights * 2 + 14 * D * H * 3
-    assert step_profile.floor_bytes(config, 1, 7) == 3 * (12 * C + 20 * C + 4 * (H + K) * D + 6 * F) + 12 * 7
+
+
+def test_the_floor_of_a_step():
+    """One layer, one token, 7 weights: every tensor that is read or written, by the bytes of its numbers."""
+    config = replace(step_profile.TINY, num_hidden_layers=1)
+    stream, half = 4, 2  # fp32 and bf16
+    norm = (stream + half) + (stream + half + stream)  # x, y; x, dy, dx
+    residual = (stream + half + stream) + (stream + half) + (stream + stream + stream)  # a + b; db of dy; dy + the norm's dx
+    rotation = (half + half) + (half + half)  # x, y; dy, dx
+    swiglu = (half + half + half) + (half + half + half + half + half)  # gate, up, y; gate, up, dy, dgate, dup
+    cast = (4 + 2) + (2 + 4)  # a weight; its gradient
+    assert step_profile.floor_bytes(config, 1, 7) == 2 * (norm + residual) * 32 + rotation * 3 * 16 + swiglu * 64 + cast * 7
 
 
 def test_a_kernel_is_not_counted_beside_its_operation(monkeypatch):

@@ -400,6 +400,12 @@ def test_views_and_odd_widths(C):
     q, k, v, _ = pack((40, 24))
     moved = [torch.zeros(x.numel() + 1, device=DEVICE, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (q, k, v)]
     assert same_bits([attend(q, k, v, (40, 24))], [attend(*moved, (40, 24))])
+    gated = lambda x, w, gate: kernels.swiglu(kernels.rms_norm(x, w, 1e-6, gate.dtype), gate)
+    one, scale = torch.ones(1, device=DEVICE, dtype=hidden.dtype).expand(64, C), weight[0].float()
+    expected = with_gradients(gated, (hidden, scale, hidden), one)
+    found = with_gradients(lambda wide, flat: gated(wide[:, 1 : C + 1], scale, flat[1:].view(64, C)),
+                           (wide, torch.cat([one[0, :1], hidden.flatten()])), one)
+    assert same_bits((expected[0], expected[1], expected[3]), (found[0], found[1][:, 1 : C + 1], found[2][1:].view(64, C)))
 
 
 # --- Sizes over 2^31 ---
@@ -506,6 +512,8 @@ def test_another_stream():
     expected = with_gradients(lambda *x: attend(*x, RAGGED), new, upstream)
     hidden, weight, targets = vocabulary()
     expected += kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
+    norm = torch.ones(64, device=DEVICE)
+    expected += with_gradients(norm_turn_gate, (new[0], norm, new[0]), upstream)
     old, old_hidden = [torch.full_like(x, torch.nan) for x in new], torch.full_like(hidden, torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -514,6 +522,7 @@ def test_another_stream():
             x.copy_(y)
         found = with_gradients(lambda *x: attend(*x, RAGGED), old, upstream)
         found += kernels.fused_token_logprobs(old_hidden, weight, targets, 1.0)
+        found += with_gradients(norm_turn_gate, (old[0], norm, old[0]), upstream)
     torch.cuda.synchronize()
     assert same_bits(expected, found)
 
@@ -525,9 +534,10 @@ def test_the_host_never_waits():
     q, k, v, upstream = (x.requires_grad_() for x in pack(RAGGED))
     hidden, weight, targets = vocabulary()
     hidden, weight, cached = hidden.requires_grad_(), weight.requires_grad_(), branches(FORKS, 1300, 600)
-    starts = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0)
+    starts, norm = torch.tensor([0, *RAGGED], device=DEVICE).cumsum(0), torch.ones(64, device=DEVICE, requires_grad=True)
 
     def step():
+        (norm_turn_gate(q, norm, q) * upstream.detach()).sum().backward()
         (kernels.fused_attention(q, k, v, starts, max(RAGGED)) * upstream.detach()).sum().backward()
         logprob, entropy = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
         (logprob + entropy).sum().backward()
@@ -568,6 +578,10 @@ def test_activation_checkpointing():
     *inputs, upstream = pack(RAGGED)
     plain = with_gradients(lambda *x: attend(*x, RAGGED), inputs, upstream)
     saved = with_gradients(lambda *x: checkpoint(attend, *x, RAGGED, use_reentrant=False), inputs, upstream)
+    assert same_bits(plain, saved)
+    inputs = [inputs[0], torch.ones(64, device=DEVICE), inputs[0]]
+    plain = with_gradients(norm_turn_gate, inputs, upstream)
+    saved = with_gradients(lambda *x: checkpoint(norm_turn_gate, *x, use_reentrant=False), inputs, upstream)
     assert same_bits(plain, saved)
 
 

@@ -364,15 +364,16 @@ def test_rows_that_were_not_kept_cannot_be_branched(model):
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
-    """One row and what is kept have to fit; otherwise as many rows as fit are sampled at a time."""
+    """One row, what is kept and two copies of the prefixes have to fit; otherwise as many rows as fit are sampled at a time."""
     prompts, owner, contexts = groups(4)
     prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
     T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
     exact = generate(model, prefix, branches, Sampling(9, ())).rows()
-    monkeypatch.setattr(sampler, "CPU_BYTES", (20 * (16 + T) + 3 * T) * token)
+    copies = 2 * len(prompts) * 16
+    monkeypatch.setattr(sampler, "CPU_BYTES", (copies + 20 * (16 + T) + 3 * T) * token)
     assert sampler.fitting_rows(model, prefix, 20, T, True) == 3 and sampler.fitting_rows(model, prefix, 20, T, False) == 20
     assert generate(model, prefix, branches, Sampling(9, ())).rows() == exact
-    monkeypatch.setattr(sampler, "CPU_BYTES", (20 * (16 + T) + T) * token - 1)
+    monkeypatch.setattr(sampler, "CPU_BYTES", (copies + 20 * (16 + T) + T) * token - 1)
     with pytest.raises(ValueError, match="there is room for .* GB: sample fewer rows at a time or lower the budget"):
         generate(model, prefix, branches, Sampling(9, ()))
 
