@@ -177,7 +177,8 @@ def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[in
 
 def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
     """Rollouts and the update of train.py; rewards are arbitrary."""
-    config = RunConfig(steps=10**6, thinking_budget=NEW, learning_rate=1e-9)  # the weights stay, and so does the work
+    at_a_time = 2048 if model.device.type == "cpu" else 8192  # what suits the device, as in config/small.py
+    config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)  # the weights stay
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     rows = len(prompts) * GROUP
