@@ -319,11 +319,12 @@ def tables(arms: dict[str, list[dict]]) -> str:
     for arm, at, runs, _ in ends(arms):
         curve = np.mean([run["points"][at]["curve"] for run in runs], axis=0)[:, 1]  # over seeds
         text.append(f"| {arm} | {' | '.join(f'{J:.3f}' for J in curve)} |")
-    text += ["", "### Habits after all steps", "", f"| method | {' | '.join(runs[0]['points'][0]['habits'])} |",
-             "|---|" + "---|" * len(runs[0]["points"][0]["habits"])]
+    kept = [run["points"][at]["habits"] for _, at, runs, _ in ends(arms) for run in runs]
+    names = [name for name in kept[0] if all(name in habits for habits in kept)]  # runs of an older commit know fewer
+    text += ["", "### Habits after all steps", "", f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for arm, at, runs, _ in ends(arms):
         habits = [run["points"][at]["habits"] for run in runs]
-        text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in habits[0])} |")
+        text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in names)} |")
     return "\n".join(text)
 
 

@@ -666,7 +666,8 @@ ANSWER = "</think> <answer> ( 3 * 7 ) + 4 </answer>"
 def test_habits_by_hand(task):
     """Five attempts without a hit, of which the 2nd loops and the 4th repeats too; a hit; two rechecks."""
     found = habits(task, f"{MISS} {MISS} {OTHER} {MISS} {HIT} {HIT} {HIT} {ANSWER}", f"{OTHER} {ANSWER}")
-    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "gave_up": 1.0}
+    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "gave_up": 1.0,
+                     "fooled": 0.0}
 
 
 def test_a_hit_is_what_would_be_right_whatever_is_written(task):
@@ -696,6 +697,14 @@ def test_what_is_malformed_or_cut_off_is_no_attempt(task):
 def test_who_gave_up(task, response, gave_up):
     """An unsolved trace that ended its thinking with room for another attempt."""
     assert {budget: habits(task, response, budget=budget)["gave_up"] for budget in gave_up} == gave_up
+
+
+def test_who_was_fooled(task):
+    """Who gave up, and last said `yes` to a failure; not who said it earlier, was right, or had no room left."""
+    fooled = MISS.replace("no", "yes")
+    assert habits(task, f"{OTHER} {fooled} {ANSWER}", f"{MISS} {ANSWER}", f"{fooled} {OTHER} {ANSWER}", ANSWER)["fooled"] == 1 / 4
+    assert habits(task, f"{fooled} {HIT} {ANSWER}", f"{HIT} {fooled} {ANSWER}")["fooled"] == 0
+    assert habits(task, f"{fooled} {ANSWER}", budget=17)["fooled"] == 0
 
 
 def test_a_way_back_is_compared_as_the_whole_chain_that_it_stands_for():
@@ -738,9 +747,9 @@ def test_habits_of_warm_traces_are_the_flaws_of_their_keys():
     searching = measure(countdown(trace_repeat=0.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0), 100)
     assert searching["loops"] == searching["repeats"] == searching["gave_up"] == 0
     assert measure(countdown(trace_repeat=0.0, trace_go_on=1.0, trace_give_up=0.0, trace_hint=1.0), 50) == {
-        "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "gave_up": 0}
+        "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "gave_up": 0, "fooled": 0}
     assert measure(countdown(trace_give_up=1.0), 30) == {
-        "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1}
+        "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1, "fooled": 0}
     rate = measure(countdown(trace_repeat=0.4, trace_go_on=0.5, trace_give_up=0.1, trace_hint=0.0), 800)
     assert rate["loops"] == pytest.approx(0.4, abs=0.03) and rate["rechecks"] == pytest.approx(1, abs=0.15)
 
