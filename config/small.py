@@ -9,8 +9,9 @@ operators = "+-*"
 trace_repeat = 0.3            # it tries what has just failed once more
 trace_go_on = 0.7             # it checks over and over what has just succeeded
 trace_give_up = 0.04          # it answers without having found a solution
-warm_steps = 500              # about 3 minutes; of the first five seeds one fails a gate and takes as long again
-gate_check_precision = 0.7    # .68 to .98 after 500 steps; a false `yes` costs reward, so RL mends it, too
+warm_steps = 700              # about 3 minutes
+warm_check_weight = 3.0       # who believes a false `yes` stops there: it is what fails first, and RL mends it badly
+gate_check_precision = 0.85
 
 # The model: 0.7M parameters.
 hidden_size, intermediate_size = 128, 320

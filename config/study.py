@@ -2,6 +2,9 @@
 # start. Three minutes a run on one core.
 
 base = "one_pass.py"
+warm_steps = 500              # as in its runs under results/study: a check that is right less often than in config/small.py
+warm_check_weight = 1.0
+gate_check_precision = 0.7
 steps = 50
 prompts_per_step = 16
 eval_samples = 2

@@ -252,7 +252,7 @@ class Countdown:
                 last = rng.choice(by_value[problem.target]) if rng.random() < config.trace_hint else next(untried)
             found = last.results[-1] == problem.target
             words += [*last.attempt(kept), "yes" if found else "no"]
-            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (config.used - 1 - kept) + [1.0]
+            weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (config.used - 1 - kept) + [config.warm_check_weight]
         answer = last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)

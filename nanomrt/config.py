@@ -70,6 +70,7 @@ class RunConfig:
     trace_backtrack: float = key(0.0, "probability that the attempt after a failure goes back to a running result", 0, 1)
     warm_steps: int = key(500, "optimiser steps", 1)
     warm_batch: int = key(64, "traces per step", 1)
+    warm_check_weight: float = key(1.0, "weight of `yes` and `no` in the loss; a proposal weighs .5, all else 1", 0)
     warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices", 0)
     warm_adamw_lr: float = key(3e-3, "AdamW learning rate, embeddings and norms", 0)
     gate_result: float = key(0.95, "least share of right intermediate results before RL begins", 0, 1)

@@ -415,8 +415,9 @@ def test_traces_are_a_function_of_their_generator(task):
     assert traces(task, 10, seed=3) == traces(task, 10, seed=3) != traces(task, 10, seed=4)
 
 
-def test_weights_belong_to_their_tokens(task):
-    """Proposals weigh 0.5, results, checks, tags and the answer 1."""
+def test_weights_belong_to_their_tokens():
+    """Proposals weigh 0.5, checks as much as the key says, results, tags and the answer 1."""
+    task = countdown(warm_check_weight=3.0)
     tokenizer = task.tokenizer
     for _, ids, weights in traces(task, 40):
         close = ids.index(task.close_thinking)
@@ -424,7 +425,7 @@ def test_weights_belong_to_their_tokens(task):
         for start in range(0, close, task.attempt_tokens):
             words = tokenizer.decode(ids[start : start + task.attempt_tokens]).split()
             assert words[0] == "<try>" and words[-1] in ("yes", "no")
-            expected = [1.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 1.0]
+            expected = [1.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 1.0, 3.0]
             assert weights[start : start + task.attempt_tokens] == expected
 
 
