@@ -319,12 +319,12 @@ def tables(arms: dict[str, list[dict]]) -> str:
     for arm, at, runs, _ in ends(arms):
         curve = np.mean([run["points"][at]["curve"] for run in runs], axis=0)[:, 1]  # over seeds
         text.append(f"| {arm} | {' | '.join(f'{J:.3f}' for J in curve)} |")
-    kept = [run["points"][at]["habits"] for _, at, runs, _ in ends(arms) for run in runs]
-    names = [name for name in kept[0] if all(name in habits for habits in kept)]  # runs of an older commit know fewer
+    habits = {arm: [run["points"][at]["habits"] for run in runs] for arm, at, runs, _ in ends(arms)}
+    first, *others = sum(habits.values(), [])
+    names = [name for name in first if all(name in other for other in others)]  # runs of an older commit know fewer
     text += ["", "### Habits after all steps", "", f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for arm, at, runs, _ in ends(arms):
-        habits = [run["points"][at]["habits"] for run in runs]
-        text.append(f"| {arm} | {' | '.join(f'{np.mean([some[name] for some in habits]):.2f}' for name in names)} |")
+    for arm, seeds in habits.items():
+        text.append(f"| {arm} | {' | '.join(f'{np.mean([seed[name] for seed in seeds]):.2f}' for name in names)} |")
     return "\n".join(text)
 
 

@@ -236,7 +236,7 @@ class Countdown:
         """A response by random search, flaws included, and the weight of each token in the warm start's loss.
 
         The answer is always the last attempt's: whoever has found a solution only checks it again.
-        Proposals are random, so their tokens are mostly noise to learn and weigh half.
+        Proposals are random, so their tokens are mostly noise to learn and weigh half; checks weigh `warm_check_weight`.
         """
         config, by_value = self.config, self.chains(problem)
         proposals = [chain for value in sorted(by_value) for chain in by_value[value]]

@@ -65,10 +65,11 @@ def floor_bytes(config: ModelConfig, tokens: int, parameters: int) -> int:
     """Least traffic of a step's elementwise operations, in bytes: see the module's docstring. The residual stream has four
     bytes a number, all else two; the products' weights are cast from four to two, and their gradients back."""
     C, F, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads + config.num_key_value_heads
-    norms = 2 * (6 + 10) * C  # of x: y; of x and y's gradient: x's
-    residual = 2 * (10 + 18) * C  # of stream and branch: their sum; of its gradient: the branch's, and the sum with the norm's
+    # Bytes forward + backward. A layer has two norms and two residual sums.
+    norms = 2 * (6 + 10) * C  # reads x, writes y; reads x and y's gradient, writes x's
+    residual = 2 * (10 + 18) * C  # reads both, writes the sum; casts its gradient for the branch, adds to it what comes back
     rotation = (4 + 4) * heads * config.head_dim
-    swiglu = (6 + 10) * F  # of gate and up: y; of both and y's gradient: theirs
+    swiglu = (6 + 10) * F  # reads gate and up, writes y; reads them and y's gradient, writes theirs
     casts = 2 * (4 + 2) * parameters
     return tokens * config.num_hidden_layers * (norms + residual + rotation + swiglu) + casts
 

@@ -13,8 +13,7 @@ step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 toke
 grpo     a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
 
 Providers take turns (TRL's trainer comes last, by itself), each figure is the median of the repetitions, and weights and tokens
-are random. Timing belongs here and
-never in a test.
+are random. Timing belongs here and never in a test.
 """
 
 import argparse
@@ -178,7 +177,7 @@ def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[in
 def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
     """Rollouts and the update of train.py; rewards are arbitrary."""
     at_a_time = 2048 if model.device.type == "cpu" else 8192  # what suits the device, as in config/small.py
-    config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)  # the weights stay
+    config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)  # so the weights stay
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     rows = len(prompts) * GROUP

@@ -49,13 +49,14 @@ class Batch:
         return self.lengths.cumsum(0) - self.lengths
 
     def flat(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout: all, or the first lengths (B,)."""
+        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout; with lengths (B,) only the first so many
+        of each."""
         lengths = (self.lengths if lengths is None else lengths)[rows]
         start = (self.offset[rows] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         return start + torch.arange(len(start), device=start.device)
 
     def take(self, rows: Tensor, lengths: Tensor | None = None) -> "Batch":
-        """The batch of these rollouts, whole, or cut after the first lengths (B,) tokens of each."""
+        """The batch of these rollouts; with lengths (B,) each is cut after so many tokens, and `reward` stays the whole one's."""
         lengths = self.lengths if lengths is None else lengths
         flat = self.flat(rows, lengths)
         return Batch(self.tokens[flat], lengths[rows], self.is_action[flat], self.logprob[flat], self.reward[rows],

@@ -121,6 +121,15 @@ def test_a_paired_difference_does_not_see_what_both_arms_share():
     assert difference == pytest.approx((0.1, 0.1, 0.1))
 
 
+def test_habits_that_an_older_run_does_not_know_are_left_out():
+    """Beside a run of before `fooled` was measured, nobody's is shown."""
+    newer = [dict(run, points=[dict(point, habits=point["habits"] | {"fooled": 0.5}) for point in run["points"]]) for run in MRT]
+    habits = lambda arms: compare.tables(arms).split("### Habits after all steps")[1]
+    assert "fooled" in habits({"mrt": newer}) and "0.50 |" in habits({"mrt": newer})
+    for arms in ({"grpo": GRPO, "mrt": newer}, {"mrt": newer, "grpo": GRPO}):
+        assert "fooled" not in habits(arms) and "| attempts | loops |" in habits(arms)
+
+
 def test_the_tables_say_what_the_runs_say():
     """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
     text = compare.tables({"grpo": GRPO, "mrt": MRT})
