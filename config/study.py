@@ -1,5 +1,5 @@
 # Many methods and seeds, compared (compare.py): config/one_pass.py with half of its rollouts and fewer steps, from the same warm
-# start. Three minutes a run on one core.
+# start. Less than three minutes a run on one core.
 
 base = "one_pass.py"
 warm_steps = 500              # as in its runs under results/study: a check that is right less often than in config/small.py

@@ -49,8 +49,8 @@ class Batch:
         return self.lengths.cumsum(0) - self.lengths
 
     def flat(self, rows: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout; with lengths (B,) only the first so many
-        of each."""
+        """Where the tokens of these rollouts lie on the flat axis, rollout after rollout; with lengths (B,) the first so many of
+        each."""
         lengths = (self.lengths if lengths is None else lengths)[rows]
         start = (self.offset[rows] - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
         return start + torch.arange(len(start), device=start.device)
