@@ -127,10 +127,12 @@ class Job:
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
         setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
-        own, sibling = parse_arm(arm), config_path.with_name(f"{arm.split('+')[0]}.py")
-        if own["algorithm"] not in ALGORITHMS and sibling.is_file():
+        name, *keys = arm.split("+")
+        own, sibling = parse_overrides([f"--{key}" for key in keys]), config_path.with_name(f"{name}.py")
+        if name not in ALGORITHMS and sibling.is_file():
             config_path = sibling
-            del own["algorithm"]
+        else:
+            own = {"algorithm": name, **own}
         overrides = {**shared, **own, "seed": str(seed)}
         if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
