@@ -30,5 +30,6 @@ save_every = 10
 learning_rate = 3e-4          # falls to 0 at the end: at a constant rate accuracy falls again after step 40
 algorithm = "mrt_online"
 alpha = 1.0
+gamma = 0.5                   # half of an episode's credit goes to the one before it, a quarter to the one before that, …
 progress_norm = "std"         # not centred: an episode that changes nothing costs nothing …
 J_discount = 0.95             # … but where the answer is known, going on costs a twentieth of it

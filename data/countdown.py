@@ -358,7 +358,7 @@ class Countdown:
         attempts: per trace;  hit_rate: hits among the attempts before which the trace was unsolved;
         loops, repeats: of the attempts that follow a failure in an unsolved trace, those that propose what the one just before,
         or any one before, proposed already;  rechecks: attempts after the first hit, per solved trace;
-        gave_up: unsolved traces that ended their thinking with room for another attempt, among all unsolved ones;
+        stopped_unsolved: unsolved traces that ended their thinking with room for another attempt, among all unsolved ones;
         fooled: among all unsolved ones those of them whose last attempt says `yes`, which is false.
         """
         count: Counter[str] = Counter()
@@ -378,11 +378,11 @@ class Countdown:
             count["solved" if solved else "unsolved"] += 1
             thinking = self.thinking_tokens(response)
             room = thinking < len(response) and thinking + self.attempt_tokens <= thinking_budget  # it answered, and needn't have
-            count["gave_up"] += room and not solved
+            count["stopped_unsolved"] += room and not solved
             checks = [check for *_, check in self.attempts(response)]
             count["fooled"] += room and not solved and checks[-1:] == ["yes"]
         share = lambda part, whole: part / max(whole, 1)
         return {"attempts": share(count["open"] + count["rechecks"], count["solved"] + count["unsolved"]),
                 "hit_rate": share(count["solved"], count["open"]), "loops": share(count["loops"], count["after_failure"]),
                 "repeats": share(count["repeats"], count["after_failure"]), "rechecks": share(count["rechecks"], count["solved"]),
-                "gave_up": share(count["gave_up"], count["unsolved"]), "fooled": share(count["fooled"], count["unsolved"])}
+                "stopped_unsolved": share(count["stopped_unsolved"], count["unsolved"]), "fooled": share(count["fooled"], count["unsolved"])}

@@ -667,7 +667,7 @@ ANSWER = "</think> <answer> ( 3 * 7 ) + 4 </answer>"
 def test_habits_by_hand(task):
     """Five attempts without a hit, of which the 2nd loops and the 4th repeats too; a hit; two rechecks."""
     found = habits(task, f"{MISS} {MISS} {OTHER} {MISS} {HIT} {HIT} {HIT} {ANSWER}", f"{OTHER} {ANSWER}")
-    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "gave_up": 1.0,
+    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "stopped_unsolved": 1.0,
                      "fooled": 0.0}
 
 
@@ -688,16 +688,16 @@ def test_what_is_malformed_or_cut_off_is_no_attempt(task):
     assert set(task.habits([], [], 108).values()) == {0.0}
 
 
-@pytest.mark.parametrize("response, gave_up", [
+@pytest.mark.parametrize("response, stopped_unsolved", [
     (f"{MISS} {ANSWER}", {9: 0, 17: 0, 18: 1}),  # 9 tokens of thinking and 9 of an attempt
     (f"{MISS} {MISS} {ANSWER}", {18: 0, 26: 0, 27: 1}),
     (ANSWER, {8: 0, 9: 1}),
     (f"{MISS} {MISS}", {19: 0, 108: 0}),  # cut off
     (f"{HIT} {ANSWER}", {108: 0}),  # solved
 ])
-def test_who_gave_up(task, response, gave_up):
+def test_who_stopped_unsolved(task, response, stopped_unsolved):
     """An unsolved trace that ended its thinking with room for another attempt."""
-    assert {budget: habits(task, response, budget=budget)["gave_up"] for budget in gave_up} == gave_up
+    assert {budget: habits(task, response, budget=budget)["stopped_unsolved"] for budget in stopped_unsolved} == stopped_unsolved
 
 
 def test_who_was_fooled(task):
@@ -744,13 +744,13 @@ def test_habits_of_warm_traces_are_the_flaws_of_their_keys():
     """Exact at the extremes: always looping, never repeating, checking on and on, giving up at once."""
     measure = lambda task, count: task.habits(*list(zip(*traces(task, count)))[:2], 9 * task.config.trace_max_attempts)
     looping = measure(countdown(trace_repeat=1.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0), 100)
-    assert looping["loops"] == looping["repeats"] == 1 and looping["rechecks"] == looping["gave_up"] == 0
+    assert looping["loops"] == looping["repeats"] == 1 and looping["rechecks"] == looping["stopped_unsolved"] == 0
     searching = measure(countdown(trace_repeat=0.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0), 100)
-    assert searching["loops"] == searching["repeats"] == searching["gave_up"] == 0
+    assert searching["loops"] == searching["repeats"] == searching["stopped_unsolved"] == 0
     assert measure(countdown(trace_repeat=0.0, trace_go_on=1.0, trace_give_up=0.0, trace_hint=1.0), 50) == {
-        "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "gave_up": 0, "fooled": 0}
+        "attempts": 12, "hit_rate": 1, "loops": 0, "repeats": 0, "rechecks": 11, "stopped_unsolved": 0, "fooled": 0}
     assert measure(countdown(trace_give_up=1.0), 30) == {
-        "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1, "fooled": 0}
+        "attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "stopped_unsolved": 1, "fooled": 0}
     rate = measure(countdown(trace_repeat=0.4, trace_go_on=0.5, trace_give_up=0.1, trace_hint=0.0), 800)
     assert rate["loops"] == pytest.approx(0.4, abs=0.03) and rate["rechecks"] == pytest.approx(1, abs=0.15)
 

@@ -94,11 +94,11 @@ def test_the_three_regrets_of_that_policy_and_its_habits(task):
     assert [row["tokens"] for row in section["maj_curve"]] == [min(b, 20) + 40 for b in GRID]
     assert value("regret_to_maj") == pytest.approx([-2.25 / 18, -11.25 / 36, (5.25 - 20.25) / 54])
     assert value("regret_to_best") == pytest.approx([0.5 - 2.25 / 18, 0.5 - 11.25 / 36, 0.5 - 20.25 / 54])
-    assert section["habits"] == {"attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "gave_up": 1,
+    assert section["habits"] == {"attempts": 0, "hit_rate": 0, "loops": 0, "repeats": 0, "rechecks": 0, "stopped_unsolved": 1,
                                  "fooled": 0}
-    hasty, endless = (section_of(task, closes=closes, ready=15)["habits"]["gave_up"] for closes in (27, 1000))
+    hasty, endless = (section_of(task, closes=closes, ready=15)["habits"]["stopped_unsolved"] for closes in (27, 1000))
     assert (hasty, endless) == (1, 0)  # 27 leaves room for 9 more
-    assert section_of(task, closes=28, ready=15)["habits"]["gave_up"] == 0
+    assert section_of(task, closes=28, ready=15)["habits"]["stopped_unsolved"] == 0
 
 
 def test_the_best_of_all_runs_is_the_comparator_of_each(task):
