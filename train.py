@@ -11,6 +11,7 @@ Read next: nanomrt/mrt.py, the algorithm. `update` below is where RL takes its g
 
 import shlex
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,15 @@ from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed, packs
-from nanomrt.mrt import Batch, clipped_loss, in_teaching_group, kl_penalty, likelihood_loss, taught_lengths, token_weights
+from nanomrt.mrt import (
+    Batch,
+    clipped_loss,
+    group_has_advantage,
+    kl_penalty,
+    length_with_gradient,
+    likelihood_loss,
+    token_weights,
+)
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start
@@ -144,56 +153,70 @@ def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: R
 
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
            run: Run) -> dict[str, float]:
-    """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what the loss's own tensors say about it."""
-    config, parts = run.config, []
-    seen = dict.fromkeys(("loss", "entropy", "clip_fraction", "max_logprob_diff", "grad_norm", "tokens"), 0.0)
-    shuffle = generator_for(config.seed, "update", run.step)
-    kept = in_teaching_group(batch, advantage)  # (B,)
-    if config.equal_groups == "keep" or not kept.any():  # if nobody has an advantage, a KL still pulls at everybody
-        kept = torch.ones_like(kept)
-    for _ in range(config.epochs):
-        order = torch.randperm(len(batch.lengths), generator=shuffle).to(batch.lengths.device)
-        parts += order[kept[order]].chunk(config.minibatches)  # fewer if few rows are left
-    for index, minibatch in enumerate(parts):
+    """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what a step line says of them."""
+    config, seen, sampler_error = run.config, Counter(), 0.0
+    minibatches = shuffled(batch, advantage, config, generator_for(config.seed, "update", run.step))
+    for index, minibatch in enumerate(minibatches):
         weight = torch.zeros_like(advantage)  # (N,)
         weight[batch.flat(minibatch)] = token_weights(batch.take(minibatch), config.loss_norm, config.thinking_budget,
                                                       config.truncated)
         # What no gradient comes from is not computed: rollouts without an advantage, and what follows a rollout's last one.
-        length = taught_lengths(batch, weight * advantage if ref_logprob is None else weight)  # (B,) a KL teaches every action
-        taught = minibatch[length[minibatch] > 0]
+        length = length_with_gradient(batch, weight * advantage if ref_logprob is None else weight)  # (B,) a KL pulls at all
+        learned = minibatch[length[minibatch] > 0]
         optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(length[taught], config.micro_batch_tokens):
-            rows = taught[part]
+        for part in micro_batches(length[learned], config.micro_batch_tokens):
+            rows = learned[part]
             logprob, entropy, action = score(model, batch.take(rows, length), config.temperature)  # (n,)
             at = batch.flat(rows, length)[action]  # (n,) the same actions on the batch's axis
-            w, A, old = weight[at], advantage[at], batch.logprob[at]
-            if METHODS[config.algorithm].supervised:
-                old = logprob.detach()  # nobody sampled these tokens, or not as they stand
-                loss = likelihood_loss(logprob, A, w)
-            else:
-                loss = clipped_loss(logprob, old, A, w, config.clip_low, config.clip_high)
-            if ref_logprob is not None:
-                loss = loss + config.kl_coef * (w * kl_penalty(logprob, old, ref_logprob[at], config.kl_estimator)).sum()
+            # Of supervised learning nobody sampled these tokens, or not as they stand.
+            old = logprob.detach() if METHODS[config.algorithm].supervised else batch.logprob[at]
+            loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
-
-            with torch.no_grad():
-                difference, ratio = (logprob - old).abs(), (logprob - old).exp()
-                seen["loss"] += float(loss.detach()) / len(parts)
-                seen["entropy"] += float(entropy.sum())
-                seen["clip_fraction"] += float(((ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)).sum())
-                seen["tokens"] += len(action)
-                if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
-                    seen["max_logprob_diff"] = max(seen["max_logprob_diff"], float(difference.max()))
+            seen.update(observed(loss.detach(), logprob.detach(), old, entropy.detach(), config))
+            if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
+                sampler_error = max(sampler_error, float((logprob.detach() - old).abs().max()))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
-        seen["grad_norm"] += norm / len(parts)
+        seen["grad_norm"] += norm
         if run.accept_gradient(norm):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, run.step * config.epochs * config.minibatches + index)
             optimizer.step()
-    tokens = int(seen.pop("tokens"))
-    run.ledger["update"] += tokens
-    return {**seen, "entropy": seen["entropy"] / max(tokens, 1), "clip_fraction": seen["clip_fraction"] / max(tokens, 1),
-            "learning_rate": optimizer.param_groups[0]["lr"]}
+    run.ledger["update"] += seen["tokens"]
+    per_step, per_token = len(minibatches), max(seen["tokens"], 1)
+    return {"loss": seen["loss"] / per_step, "entropy": seen["entropy"] / per_token,
+            "clip_fraction": seen["clipped"] / per_token, "max_logprob_diff": sampler_error,
+            "grad_norm": seen["grad_norm"] / per_step, "learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def shuffled(batch: Batch, advantage: Tensor, config: RunConfig, generator: torch.Generator) -> list[Tensor]:
+    """The rows of every optimiser step: each pass has an order of its own. equal_groups=skip leaves rows out, not steps."""
+    kept = group_has_advantage(batch, advantage)  # (B,)
+    if config.equal_groups == "keep" or not kept.any():  # if nobody has an advantage, a KL still pulls at everybody
+        kept = torch.ones_like(kept)
+    parts = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(batch.lengths), generator=generator).to(batch.lengths.device)
+        parts += order[kept[order]].chunk(config.minibatches)  # fewer if few rows are left
+    return parts
+
+
+def loss_of(logprob: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, ref_logprob: Tensor | None,
+            config: RunConfig) -> Tensor:
+    """The loss of some actions, a scalar; every tensor (n,)."""
+    if METHODS[config.algorithm].supervised:
+        loss = likelihood_loss(logprob, advantage, weight)
+    else:
+        loss = clipped_loss(logprob, old, advantage, weight, config.clip_low, config.clip_high)
+    if ref_logprob is not None:
+        loss = loss + config.kl_coef * (weight * kl_penalty(logprob, old, ref_logprob, config.kl_estimator)).sum()
+    return loss
+
+
+def observed(loss: Tensor, logprob: Tensor, old: Tensor, entropy: Tensor, config: RunConfig) -> dict[str, float]:
+    """Sums over some actions, for the step line."""
+    ratio = (logprob - old).exp()
+    clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+    return {"loss": float(loss), "entropy": float(entropy.sum()), "clipped": int(clipped.sum()), "tokens": len(logprob)}
 
 
 def learning_rate(config: RunConfig, done: int) -> float:

@@ -1,5 +1,5 @@
-# The baseline of config/small.py: outcome reward only, in the schedule that suits it. GRPO compares the rollouts of a problem with
-# each other; in pairs, and with three passes, it is less accurate (README.md, Results).
+# The baseline of config/small.py: outcome reward only, in the schedule that suits it. GRPO compares the rollouts of a problem
+# with each other; in pairs, and with three passes, it is less accurate (README.md, Results).
 
 base = "small.py"
 algorithm = "grpo"

@@ -383,6 +383,9 @@ class Countdown:
             count["fooled"] += room and not solved and checks[-1:] == ["yes"]
         share = lambda part, whole: part / max(whole, 1)
         return {"attempts": share(count["open"] + count["rechecks"], count["solved"] + count["unsolved"]),
-                "hit_rate": share(count["solved"], count["open"]), "loops": share(count["loops"], count["after_failure"]),
-                "repeats": share(count["repeats"], count["after_failure"]), "rechecks": share(count["rechecks"], count["solved"]),
-                "stopped_unsolved": share(count["stopped_unsolved"], count["unsolved"]), "fooled": share(count["fooled"], count["unsolved"])}
+                "hit_rate": share(count["solved"], count["open"]),
+                "loops": share(count["loops"], count["after_failure"]),
+                "repeats": share(count["repeats"], count["after_failure"]),
+                "rechecks": share(count["rechecks"], count["solved"]),
+                "stopped_unsolved": share(count["stopped_unsolved"], count["unsolved"]),
+                "fooled": share(count["fooled"], count["unsolved"])}

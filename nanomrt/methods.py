@@ -12,8 +12,8 @@
     vineppo         the policy's traces                        V at every boundary               V after - V before
     anytime         the policy's traces                        J at every boundary               accuracy at all later budgets
 
-J stops the thinking and takes an answer; V lets the policy go on to its end. A new idea is one more line in METHODS: a function
-that gathers a batch, or one in `mrt.py` that credits it, or both.
+J stops the thinking and takes an answer; V lets the policy go on to its end. A new idea is one more line in METHODS, a function
+that gathers a batch, or one in `mrt.py` that credits it, or both; and its name in `ALGORITHMS` of nanomrt/config.py.
 """
 
 import random
@@ -63,7 +63,7 @@ class Gathered:
         if E is not None:
             first, last = E.row != E.row.roll(1), E.row != E.row.roll(-1)
             first[:1], last[-1:] = True, True
-            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress),
+            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress()),
                         "episodes": len(E.row) / len(batch.lengths)}
         return metrics
 

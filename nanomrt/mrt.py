@@ -4,7 +4,8 @@ A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer 
 from m forced answers. Equations (numbers stand on the lines that compute them):
 
     (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
-    (1) progress_j = J_j - J_{j-1}                                          negative progress is kept
+    (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d is `J_discount`, 1 in
+                                                                            the paper
     (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
@@ -74,9 +75,9 @@ class Episodes:
     J_before: Tensor  # (E,) fp32, probability of a right answer if thinking stops before it
     J_after: Tensor  # (E,) fp32, and after it: the next episode's J_before, the same estimate
 
-    @property
-    def progress(self) -> Tensor:
-        return self.J_after - self.J_before  # (1)
+    def progress(self, discount: float = 1.0) -> Tensor:
+        """(E,)"""
+        return discount * self.J_after - self.J_before  # (1)
 
 
 def episodes_between(row: Tensor, boundary: Tensor, J: Tensor) -> Episodes:
@@ -203,8 +204,7 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) 
     advantage = outcome_credit(batch, episodes, config)
     if episodes is None or config.alpha == 0:
         return advantage
-    progress = config.J_discount * episodes.J_after - episodes.J_before  # (1) if J_discount is 1
-    progress = normalise(progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    progress = normalise(episodes.progress(config.J_discount), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     credit = discounted_credit(progress, episodes.row, config.gamma)  # (E,)
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 
@@ -214,7 +214,7 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConf
     group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
     if episodes is None or config.alpha == 0:
         return outcome_credit(batch, episodes, config)
-    bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress)  # (B,)
+    bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress())  # (B,)
     reward = batch.reward + config.alpha * bonus
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
 
@@ -222,7 +222,7 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConf
 def value_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
     itself. Summed over a rollout it is reward - V(c_0), the outcome; no other term. Kazemnejad et al., arXiv 2410.01679."""
-    difference = normalise(episodes.progress, batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    difference = normalise(episodes.progress(), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     return spread(batch, episodes, difference) * batch.is_action
 
 
@@ -270,14 +270,14 @@ def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> 
 # --- Loss ---
 
 
-def in_teaching_group(batch: Batch, advantage: Tensor) -> Tensor:
+def group_has_advantage(batch: Batch, advantage: Tensor) -> Tensor:
     """(B,) bool: whether any token of a rollout's group has an advantage. Of outcomes that are all equal none has: DAPO skips
     such a group."""
     ids, group = batch.prompt_id.unique(return_inverse=True)
     return torch.zeros(len(ids), device=group.device).index_add(0, group[batch.row], (advantage != 0).float())[group] > 0
 
 
-def taught_lengths(batch: Batch, value: Tensor) -> Tensor:
+def length_with_gradient(batch: Batch, value: Tensor) -> Tensor:
     """(B,) the tokens of each rollout up to the last whose value, w_t A_t of (4), is not 0: what follows has no gradient, and
     attention is causal, so no gradient passes through it either. value: (N,)."""
     place = torch.arange(1, len(batch.tokens) + 1, device=value.device) - batch.offset[batch.row]  # (N,) 1 is a rollout's first

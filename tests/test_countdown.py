@@ -667,8 +667,8 @@ ANSWER = "</think> <answer> ( 3 * 7 ) + 4 </answer>"
 def test_habits_by_hand(task):
     """Five attempts without a hit, of which the 2nd loops and the 4th repeats too; a hit; two rechecks."""
     found = habits(task, f"{MISS} {MISS} {OTHER} {MISS} {HIT} {HIT} {HIT} {ANSWER}", f"{OTHER} {ANSWER}")
-    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0, "stopped_unsolved": 1.0,
-                     "fooled": 0.0}
+    assert found == {"attempts": 8 / 2, "hit_rate": 1 / 6, "loops": 1 / 4, "repeats": 2 / 4, "rechecks": 2.0,
+                     "stopped_unsolved": 1.0, "fooled": 0.0}
 
 
 def test_a_hit_is_what_would_be_right_whatever_is_written(task):

@@ -136,7 +136,7 @@ def test_fact_1_progress_telescopes():
     """Summed over a trace it is J_T - J_0: as one scalar per trace, MRT would be GRPO with a constant."""
     batch = make_batch([8, 6], [1, 0], [0, 0])
     episodes = make_episodes(batch, [[3, 5, 8], [4, 6]], [[0.1, 0.5, 0.25, 1.0], [0.1, 0.75, 0.0]])
-    total = torch.zeros(2).index_add(0, episodes.row, episodes.progress)
+    total = torch.zeros(2).index_add(0, episodes.row, episodes.progress())
     torch.testing.assert_close(total, torch.tensor([0.9, -0.1]))
 
 
@@ -251,9 +251,9 @@ def test_urn_without_and_with_repeats(N):
     """J_j = j/N or 1 - (1 - 1/N)^j: progress is 1/N throughout, or shrinks by (1 - 1/N) with every draw."""
     j = torch.arange(N + 1, dtype=torch.float64)
     row, place = torch.zeros(N + 1, dtype=torch.int64), torch.arange(1, N + 2)
-    fresh = episodes_between(row, place, j / N).progress
+    fresh = episodes_between(row, place, j / N).progress()
     torch.testing.assert_close(fresh, torch.full((N,), 1 / N, dtype=torch.float64))
-    repeating = episodes_between(row, place, 1 - (1 - 1 / N) ** j).progress
+    repeating = episodes_between(row, place, 1 - (1 - 1 / N) ** j).progress()
     torch.testing.assert_close(repeating, (1 - 1 / N) ** j[:-1] / N)
     torch.testing.assert_close(discounted_credit(repeating, row[1:], 1.0), (1 - 1 / N) ** j[:-1] - (1 - 1 / N) ** N)
 
