@@ -27,7 +27,6 @@ Scores carry log2(e) / sqrt(D), because the hardware computes 2^x and not e^x. L
 Dimension key: N packed tokens, H query heads, K key/value heads, G = H/K, D head dim; BM queries and BN keys in a tile.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,11 +34,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
-
+from kernels.hardware import LN2, LOG2E, descriptor, tiles_for
 
 # --- Device code ---
 
@@ -220,7 +216,7 @@ class Tile(NamedTuple):
 # By kernel and head dim: the largest tiles found that spill no register on what they are for; tests/compiled.py compiles them. BN
 # divides BM in the kernels that walk along a row, and BM divides BN in the one that walks down a column.
 TILES = {
-    "wide": {  # 16 bit, 227 KiB of shared memory for a program: sm_90
+    "hopper": {  # 16 bit, 227 KiB of shared memory for a program: sm_90
         "forward": {16: (128, 128, 8, 2), 32: (128, 128, 8, 2), 64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
         "dq": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 16, 8, 2)},
         "dkdv": {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 2)},
@@ -236,33 +232,13 @@ TILES = {
         "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 2), 64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
-TILES["blackwell"] = {  # sm_100: these two of the wide ones spill
-    **TILES["wide"], "dkdv": {**TILES["wide"]["dkdv"], 16: (64, 128, 8, 3), 128: (32, 64, 8, 2)},
+TILES["blackwell"] = {  # sm_100: two of those of sm_90 spill
+    **TILES["hopper"], "dkdv": {**TILES["hopper"]["dkdv"], 16: (64, 128, 8, 3), 128: (32, 64, 8, 2)},
 }
 
 
-@cache
-def hardware(device: torch.device) -> tuple[str, bool]:
-    """Which tiles fit a device, and whether its copy engine (TMA) fetches them. sm_120 has one, but no room for wide tiles."""
-    if device.type != "cuda":
-        return "narrow", False  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    if properties.shared_memory_per_block_optin < 227 * 1024:
-        return "narrow", False
-    return "blackwell" if properties.major >= 10 else "wide", True
-
-
 def tile_of(name: str, q: Tensor) -> Tile:
-    table = "fp32" if q.dtype == torch.float32 else hardware(q.device)[0]
-    return Tile(*TILES[table][name][q.shape[2]])
-
-
-def descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
-    """With which the copy engine fetches `rows` rows of one head of x (N,heads,D); None where pointers have to do."""
-    if x.dtype == torch.float32 or not hardware(x.device)[1]:
-        return None
-    N, heads, D = x.shape
-    return TensorDescriptor(x, [N, heads * D], [x.stride(0), 1], [rows, D])
+    return Tile(*TILES[tiles_for(q)][name][q.shape[2]])
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -280,7 +256,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     out, lse, tile = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32), tile_of("forward", q)
     if N:
         forward_kernel[H, len(cu_seqlens) - 1, triton.cdiv(max_seqlen, tile.BM)](
-            q, k, v, descriptor(k, tile.BN), descriptor(v, tile.BN), out, lse, cu_seqlens,
+            q, k, v, descriptor(k, tile.BN, D), descriptor(v, tile.BN, D), out, lse, cu_seqlens,
             q.stride(0), k.stride(0), v.stride(0), N, scale * LOG2E, G=H // K, D=D, **tile._asdict())
     return out, lse
 
@@ -296,11 +272,11 @@ def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     if N:
         tile = tile_of("dq", q)
         dq_kernel[H, B, triton.cdiv(max_seqlen, tile.BM)](
-            q, k, v, descriptor(k, tile.BN), descriptor(v, tile.BN), out, grad, lse, delta, dq, *shared,
+            q, k, v, descriptor(k, tile.BN, D), descriptor(v, tile.BN, D), out, grad, lse, delta, dq, *shared,
             G=H // K, D=D, **tile._asdict())
         tile = tile_of("dkdv", q)
         dkdv_kernel[K, B, triton.cdiv(max_seqlen, tile.BN)](
-            q, k, v, descriptor(q, tile.BM), descriptor(grad, tile.BM), grad, lse, delta, dk, dv, *shared,
+            q, k, v, descriptor(q, tile.BM, D), descriptor(grad, tile.BM, D), grad, lse, delta, dk, dv, *shared,
             G=H // K, D=D, **tile._asdict())
     return dq, dk, dv
 

@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+from kernels.hardware import LOG2E
+
 CHUNK = 512  # entries; fixed, or a row's bits would depend on the batch
 
 

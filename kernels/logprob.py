@@ -33,17 +33,15 @@ Left out: bias, soft capping, label smoothing. Dimension key: N rows, C width, V
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = 1.4426950408889634
-LN2 = tl.constexpr(0.6931471805599453)
+from kernels.hardware import LN2, LOG2E, descriptor, tiles_for
+
 SPLITS = 8  # of the vocabulary; fixed, or a row's bits would depend on the batch
 WORKSPACE = 512 * 1024**2  # bytes of dz at a time
 ONE_PASS_ROWS = 2048  # tokens whose logits are kept until their loss is known
@@ -166,34 +164,16 @@ class Tile(NamedTuple):
 # The largest tiles found that spill no register; tests/compiled.py compiles every one of them.
 TILES = {
     "hopper": Tile(128, 256, 64, 8, 3),  # 16 bit, 227 KiB of shared memory for a program
-    "wide": Tile(128, 128, 64, 8, 4),  # the same; on sm_100, and where z is stored as well
+    "blackwell": Tile(128, 128, 64, 8, 4),  # the same; on sm_90, too, where z is stored as well
     "narrow": Tile(128, 128, 32, 8, 3),  # 16 bit, 99 KiB: everything else
     "fp32": Tile(64, 64, 32, 8, 1),  # exact products on the ordinary cores: for checks, not for speed
 }
 STORED = Tile(16, 256, 64, 4, 1)  # dz from stored logits: no products, only reading and writing
 
 
-@cache
-def hardware(device: torch.device) -> tuple[str, bool]:
-    """Which tiles fit a device, and whether its copy engine (TMA) fetches them. sm_120 has one, but no room for wide tiles."""
-    if device.type != "cuda":
-        return "narrow", False  # the interpreter
-    properties = torch.cuda.get_device_properties(device)
-    if properties.shared_memory_per_block_optin < 227 * 1024:
-        return "narrow", False
-    return "hopper" if properties.major == 9 else "wide", True
-
-
 def tile_of(x: Tensor, stored: bool = False) -> Tile:
-    table = "fp32" if x.dtype == torch.float32 else hardware(x.device)[0]
-    return TILES["wide" if stored and table == "hopper" else table]
-
-
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """With which the copy engine fetches tiles of the matrix x; None where pointers have to do."""
-    if x.dtype == torch.float32 or not hardware(x.device)[1]:
-        return None
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    table = tiles_for(x)
+    return TILES["blackwell" if stored and table == "hopper" else table]
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ be read off the result: the shared memory that it needs, spilled registers, matr
 (TMA). `tests/test_triton.py` runs this file in a process of its own, without the interpreter.
 """
 
-import importlib
 import re
 import subprocess
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from kernels import hardware
 from kernels.attention import TILES, attention_backward, attention_forward
 from kernels.decode import branch_attention
 from kernels.elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
@@ -75,10 +75,8 @@ def launches(monkeypatch) -> Callable[..., list[Launch]]:
         return list(found)
 
     monkeypatch.setattr(JITFunction, "run", record)
-    for name in ("attention", "logprob"):
-        module = importlib.import_module(f"kernels.{name}")
-        choose = module.hardware.__wrapped__  # without its cache
-        monkeypatch.setattr(module, "hardware", lambda device, choose=choose: choose(torch.device("cuda")))
+    choose = hardware.generation.__wrapped__  # without its cache
+    monkeypatch.setattr(hardware, "generation", lambda device: choose(torch.device("cuda")))
     return compile_for
 
 

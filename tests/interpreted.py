@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
+from kernels import hardware, reference
 from kernels.attention import attention, attention_backward, attention_forward
 from kernels.decode import branch_attention
 from kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward, turn
@@ -28,8 +28,7 @@ IN_HALF = pytest.mark.parametrize("dtype", ["fp16", "fp16, sm_90"], indirect=Tru
 def dtype(request, monkeypatch) -> torch.dtype:
     """Of the operands, with the tiles for them; those of sm_90 are larger and come by tensor descriptors."""
     if request.param == "fp16, sm_90":
-        for name, table in (("attention", "wide"), ("logprob", "hopper")):
-            monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "hardware", lambda device, table=table: (table, True))
+        monkeypatch.setattr(hardware, "generation", lambda device: "hopper")
     return FULL if request.param == "fp32" else HALF
 
 
