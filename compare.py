@@ -5,9 +5,11 @@
     python compare.py config/small.py --algorithms small_grpo,mrt_online --seeds 5
 
 An arm is an algorithm, or the name of a config file beside this one (`small_grpo`), perhaps with keys of its own
-(`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all. Runs of one seed share their warm
-start. Every finished run is one file in results/<config's name>/: what has one isn't trained again (if its config was another, a
-warning says so), and an interrupted run goes on where it was. Methods are compared three ways, because they spend differently:
+(`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all. --labels "GRPO,MRT" renames the arms
+in tables and figures. Runs of one seed share their warm start, unless an arm's keys give it another: the row `warm start` is the
+baseline's, and a gain is over the arm's own. Every finished run is one file in results/<config's name>/: what has one isn't
+trained again (if its config was another, a warning says so), and an interrupted run goes on where it was. Methods are compared
+three ways, because they spend differently:
 
     equal steps     after all steps
     equal tokens    when as many tokens have been sampled, forks included, as the baseline samples in all its steps
@@ -21,11 +23,11 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -39,11 +41,11 @@ from evaluate import COLOURS, distinct, evaluate_policy
 from nanomrt import checkpoint, report
 from nanomrt.config import (
     ALGORITHMS,
+    KEYS,
     RunConfig,
     UserError,
     differences,
     load_config,
-    parse_arm,
     parse_overrides,
     read_config,
     run_name,
@@ -53,12 +55,22 @@ from nanomrt.run import choose_device, device_of
 from nanomrt.warmstart import cached_warm_start, warm_folder
 
 RESAMPLES = 1000
+TAKEN = {  # keys with a place of their own, and which
+    "seed": "--seeds says which, and --seeds=4, is seed 4 alone",
+    "algorithm": "name it in --algorithms, as an arm",
+    "threads": "on a CPU every run has one, so that CPU times compare",
+}
+# What all arms must have in common: the problems, and how they are measured.
+MEASURED = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
+            "ood_target_min", "ood_max_solutions", "thinking_budget", "eval_problems", "eval_samples", "eval_budget")
+GATES = tuple(name for name in KEYS if name.startswith("gate_"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("config", type=Path, help="a config file, such as config/study.py")
     parser.add_argument("--algorithms", required=True, help="arms, separated by commas; the first is the baseline")
+    parser.add_argument("--labels", help="what tables and figures call the arms, separated by commas (default: as they are)")
     parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2 and 3, is seed 3 alone")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation: to choose between settings")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one per core, or one on a GPU)")
@@ -66,31 +78,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results")
     parser.add_argument("--name", default="comparison", help="of the table and the figures")
     args, rest = parser.parse_known_args(argv)
-    folder = args.results / args.config.stem
+    folder, names = args.results / args.config.stem, args.algorithms.split(",")
+    labels = [label.strip() for label in args.labels.split(",")] if args.labels else names
+    if args.jobs < 0:
+        raise UserError(f"--jobs={args.jobs}: give how many runs go on at a time, or leave it out")
     try:
         seeds = parse_seeds(args.seeds)
         shared = parse_overrides(rest)
-        jobs = [Job.of(args.config, arm, seed, shared, folder, args.split)
-                for arm in args.algorithms.split(",") for seed in seeds]
+        jobs = [Job.of(args.config, arm, seed, shared, folder, args.split) for arm in names for seed in seeds]
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = [job.run for job in jobs]
     for run in runs:
         if runs.count(run) > 1:
             raise UserError(f"--algorithms={args.algorithms} --seeds={args.seeds} name the run {run.name} twice: leave one out")
-    folder.mkdir(parents=True, exist_ok=True)
+    if not len(labels) == len(set(labels)) == len(names):
+        raise UserError(f"--labels={args.labels}: give {len(names)} that differ, one for each of {args.algorithms}")
     if args.report:
-        baseline, jobs = jobs[0].arm, [job for job in jobs if job.result.is_file()]
-        if not jobs or jobs[0].arm != baseline:
-            raise UserError(f"{folder} has no such run of {baseline}, the baseline: leave out --report to train it, or name "
+        jobs = [job for job in jobs if job.result.is_file()]
+        if not jobs or jobs[0].arm != names[0]:
+            raise UserError(f"{folder} has no such run of {names[0]}, the baseline: leave out --report to train it, or name "
                             "another arm first")
     for job in jobs:
-        if job.result.is_file() and (changed := differences(json.loads(job.result.read_text())["config"], job.config)):
+        if changed := differences(job.made_with, job.config):
             print(f"warning: {job.result} was made with {changed}; remove it to train it anew", file=sys.stderr)
+    agree(jobs, MEASURED, "runs are compared by the same measurements: give such a key to all, as --key=value")
+    folder.mkdir(parents=True, exist_ok=True)
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
-        arms.setdefault(job.arm, []).append(json.loads(job.result.read_text()))
+        arms.setdefault(labels[names.index(job.arm)], []).append(json.loads(job.result.read_text()))
     text = tables(arms)
     print(text)
     name = f"{args.name}{jobs[0].setting}"
@@ -129,53 +146,94 @@ class Job:
         setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
         name, *keys = arm.split("+")
         own, sibling = parse_overrides([f"--{key}" for key in keys]), config_path.with_name(f"{name}.py")
-        if name not in ALGORITHMS and sibling.is_file():
+        of_file = name not in ALGORITHMS and sibling.is_file()
+        for key, reason in TAKEN.items():
+            if key in shared or key in own and not (of_file and key == "algorithm"):
+                raise ValueError(f"{key} can't be set for {arm if key in own else 'all arms'}: {reason}")
+        if of_file:
             config_path = sibling
         else:
-            own = {"algorithm": name, **own}
+            own["algorithm"] = name
         overrides = {**shared, **own, "seed": str(seed)}
         if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
-        return cls(arm, config_path, overrides, config, split, setting, folder / f"{arm}-seed={seed}{setting}.json")
+        result = f"{arm}-seed={seed}{setting}.json".replace("/", "_")
+        return cls(arm, config_path, overrides, config, split, setting, folder / result)
 
     @property
     def run(self) -> Path:
         return Path(self.config.out_dir) / run_name(self.config_path, self.overrides)
 
+    @property
+    def made_with(self) -> dict:
+        """The config of its result, or that with which it will be made."""
+        if not self.result.is_file():
+            return asdict(self.config)
+        saved = json.loads(self.result.read_text())["config"]
+        return {name: saved.get(name, key.default) for name, key in KEYS.items()}  # one that it hasn't came later
+
+
+def agree(jobs: Sequence[Job], keys: Sequence[str], reason: str) -> None:
+    """Raises UserError with the reason unless these keys are the same for all jobs."""
+    expected = jobs[0].made_with
+    for job in jobs:
+        values = job.made_with
+        if unlike := [key for key in keys if values[key] != expected[key]]:
+            mine, theirs = (", ".join(f"{key}={made[key]}" for key in unlike) for made in (values, expected))
+            raise UserError(f"{job.result.stem} has {mine}, but {jobs[0].result.stem} has {theirs}: {reason}")
+
 
 def run_all(jobs: list[Job], processes: int) -> None:
-    """Every job in a process of its own, `processes` at a time, the warm starts that they share first."""
+    """Every job in a process of its own, `processes` at a time, the warm starts that they share first. After a failure or Ctrl-C
+    no job begins any more; it raises at once, but the program ends when those under way have, so nothing of them is lost."""
     from tqdm import tqdm
 
     if not jobs:
         return
     processes = processes or (os.cpu_count() if device_of(jobs[0].config) == "cpu" else 1)
-    first = {shared_start(job): job for job in jobs}  # any job that begins there knows how to make it
+    by_start: dict[Path, list[Job]] = {}
+    for job in jobs:
+        by_start.setdefault(shared_start(job), []).append(job)
+    for group in by_start.values():
+        agree(group, GATES, "runs with the same warm start have the same gates for it: give such a key to all, as --key=value")
+    ready: list[tuple[Callable[[Job], None], Job]] = [(warm_start, group[0]) for group in by_start.values()]
+    running: dict[Future, tuple[Callable[[Job], None], Job]] = {}
     steps = sum(job.config.steps for job in jobs)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent)
-    with pool, tqdm(total=steps, unit="step", desc="all runs") as bar:
-        waiting = {pool.submit(warm_start, job): [other for other in jobs if shared_start(other) == start]
-                   for start, job in first.items()}
-        running = dict.fromkeys(waiting)
-        while running:
-            for future in [f for f in running if f.done()]:
-                del running[future]
-                future.result()  # raises what the job raised
-                running |= dict.fromkeys(pool.submit(run_job, job) for job in waiting.pop(future, ()))
-            bar.update(sum(steps_done(job) for job in jobs) - bar.n)
-            time.sleep(1)
+    try:
+        with tqdm(total=steps, unit="step", desc="all runs") as bar:
+            while ready or running:
+                while ready and len(running) < processes:  # a pool wouldn't give back all that it was given
+                    work, job = ready.pop(0)
+                    running[pool.submit(work, job)] = work, job
+                for future in wait(running, 1.0, FIRST_COMPLETED).done:
+                    work, job = running.pop(future)
+                    future.result()  # raises what the job raised
+                    if work is warm_start:
+                        ready += [(run_job, other) for other in by_start[shared_start(job)]]
+                bar.update(sum(steps_done(job) for job in jobs) - bar.n)
+    except KeyboardInterrupt:
+        raise UserError("interrupted: the same command goes on with it") from None
+    finally:
+        pool.shutdown(wait=False)
+        if running:
+            print(f"nothing more begins; {len(running)} under way end first", file=sys.stderr)
 
 
 def end_with_parent() -> None:
     """This process ends when the one that started it has. Else the runs of a killed comparison would go on, beside the same ones
-    that the next comparison resumes. A run that is killed goes on from its last checkpoint."""
+    that the next comparison resumes. A run that is killed goes on from its last checkpoint.
 
-    def wait() -> None:
+    Ctrl-C reaches every process. Here only training heeds it, after its step: a pool one of whose processes ends, ends them all.
+    """
+
+    def follow() -> None:
         connection.wait([parent_process().sentinel])
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def steps_done(job: Job) -> int:
@@ -244,11 +302,12 @@ METRICS: dict[str, tuple[Callable[[Values], float], int]] = {  # name: (statisti
     "accuracy": (lambda v: v["right"].mean(), 3),
     "tokens per right answer": (lambda v: ratio(np.stack([v["tokens"].ravel(), v["right"].ravel()], 1)), 1),
 }
+AXES = {"step": ("Equal steps", "steps"), "tokens": ("Equal tokens", "sampled tokens"), "seconds": ("Equal time", "seconds")}
 
 
-def metrics_of(values: Values) -> dict[str, tuple[Callable[[Values], float], int]]:
-    """METRICS, and the regret to each horizon that was measured."""
-    regrets = [name for name in values if name.startswith("regret")]
+def metrics_of(run: dict) -> dict[str, tuple[Callable[[Values], float], int]]:
+    """METRICS, and the regret to each horizon that was measured, which is the same for all runs."""
+    regrets = [name for name in run["points"][0]["per_problem"] if name.startswith("regret")]
     return METRICS | {name: (lambda v, name=name: v[name].mean(), 3) for name in regrets}
 
 
@@ -283,51 +342,63 @@ def bootstrap(statistic: Callable[..., float], *arms: Values) -> tuple[float, fl
 def tables(arms: dict[str, list[dict]]) -> str:
     """Markdown: each arm at equal steps, tokens and time, its differences from the first one, what it knows when it is stopped
     early, and how it searches."""
-    baseline = next(iter(arms))
-    end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in ("step", "tokens", "seconds")}
-    unit = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds"}
+    baseline, *others = arms
+    metrics = metrics_of(arms[baseline][0])
+    end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in AXES}
     text = []
-    for axis, title in (("step", "Equal steps"), ("tokens", "Equal tokens"), ("seconds", "Equal time")):
-        start = values_at(arms[baseline], axis, 0)
-        names = metrics_of(start)
-        lines = [f"### {title}: {end[axis]:,.0f} {unit[axis]}", "",
-                 f"| method | seeds | {' | '.join(names)} | accuracy, OOD | steps | tokens | seconds |",
-                 "|---|---|" + "---|" * (len(names) + 4)]
-        lines.append(line("warm start", start, names, len(arms[baseline]), "", (0, 0, 0)))
-        for arm, runs in arms.items():
-            reached = [np.mean([spent_at(run, axis, end[axis], other) for run in runs]) for other in unit]
-            harder = cell(METRICS["accuracy"], out_of_distribution(runs)) if axis == "step" else ""
-            lines.append(line(arm, values_at(runs, axis, end[axis]), names, len(runs), harder, reached))
-        text += [*lines, ""]
-    text += [f"### Differences from {baseline}", "",
-             f"| method | at equal | {' | '.join(names)} | accuracy, OOD | gain in accuracy, times |",
-             "|---|---|" + "---|" * (len(names) + 2)]
-    for arm, runs in list(arms.items())[1:]:
-        pairs = [(a, b) for a in arms[baseline] for b in runs if a["config"]["seed"] == b["config"]["seed"]]
-        if not pairs:
-            text.append(f"| {arm} | no seed in common |{' |' * (len(names) + 2)}")
+    for axis, (title, unit) in AXES.items():
+        if not end[axis]:
+            text.append(f"### {title}\n\n{baseline} has no {unit} that another arm could be equal to.")
             continue
-        theirs, mine = ([pair[i] for pair in pairs] for i in (0, 1))
-        for axis in unit:
-            start, *reached = values_at(theirs, axis, 0), *(values_at(runs, axis, end[axis]) for runs in (mine, theirs))
-            cells = [cell(difference(metric), *reached, sign="+") for metric in names.values()]
-            cells.append(cell(difference(METRICS["accuracy"]), *map(out_of_distribution, (mine, theirs)), sign="+")
-                         if axis == "step" else "")
-            cells.append(cell((gains, 2), start, *reached))
-            text.append(f"| {arm} | {unit[axis]} | {' | '.join(cells)} |")
-    budgets = [budget for budget, _ in arms[baseline][0]["points"][0]["curve"]]
-    text += ["", "### Accuracy when stopped after so many thinking tokens, after all steps", "",
-             f"| method | {' | '.join(f'{budget:.0f}' for budget in budgets)} |", "|---|" + "---|" * len(budgets)]
-    for arm, at, runs, _ in ends(arms):
-        curve = np.mean([run["points"][at]["curve"] for run in runs], axis=0)[:, 1]  # over seeds
-        text.append(f"| {arm} | {' | '.join(f'{J:.3f}' for J in curve)} |")
+        rows = [["warm start", *values_row(arms[baseline], axis, 0, metrics)]]
+        rows += [[arm, *values_row(runs, axis, end[axis], metrics)] for arm, runs in arms.items()]
+        text.append(table(f"{title}: {end[axis]:,.0f} {unit}",
+                          ["method", "seeds", *metrics, "accuracy, OOD", "steps", "tokens", "seconds"], rows))
+    devices = sorted({run["device"] for runs in arms.values() for run in runs})
+    if len(devices) > 1:
+        text.append(f"Warning: times can't be compared, they are those of {' and '.join(devices)}.")
+    rows = [row for arm in others for row in difference_rows(arm, arms[arm], arms[baseline], end, metrics)]
+    text.append(table(f"Differences from {baseline}",
+                      ["method", "at equal", *metrics, "accuracy, OOD", "gain in accuracy, times"], rows))
+    curves = {arm: [run["points"][at]["curve"] for run in runs] for arm, at, runs, _ in ends(arms)}
+    text.append(table("Accuracy when stopped after so many thinking tokens, after all steps",
+                      ["method", *(f"{budget:.0f}" for budget, _ in curves[baseline][0])],
+                      [[arm, *(f"{J:.3f}" for J in np.mean(of, axis=0)[:, 1])] for arm, of in curves.items()]))
     habits = {arm: [run["points"][at]["habits"] for run in runs] for arm, at, runs, _ in ends(arms)}
-    first, *others = sum(habits.values(), [])
-    names = [name for name in first if all(name in other for other in others)]  # runs of an older commit know fewer
-    text += ["", "### Habits after all steps", "", f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for arm, seeds in habits.items():
-        text.append(f"| {arm} | {' | '.join(f'{np.mean([seed[name] for seed in seeds]):.2f}' for name in names)} |")
-    return "\n".join(text)
+    first, *later = sum(habits.values(), [])
+    names = [name for name in first if all(name in other for other in later)]  # runs of an older commit know fewer
+    text.append(table("Habits after all steps", ["method", *names],
+                      [[arm, *(f"{np.mean([seed[name] for seed in of]):.2f}" for name in names)] for arm, of in habits.items()]))
+    return "\n\n".join(text)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return "\n".join([f"### {title}", "", lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
+def values_row(runs: Sequence[dict], axis: str, place: float, metrics: dict) -> list[str]:
+    """An arm where it has spent so much, after its name. OOD problems are answered at the end only, which is after all steps."""
+    values = values_at(runs, axis, place)
+    harder = cell(METRICS["accuracy"], out_of_distribution(runs)) if axis == "step" and place else ""
+    spent = [np.mean([spent_at(run, axis, place, other) for run in runs]) for other in AXES]
+    return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), harder, *(f"{x:,.0f}" for x in spent)]
+
+
+def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], end: dict[str, float],
+                    metrics: dict) -> Iterator[list[str]]:
+    """An arm against the baseline, paired by seeds, where the baseline ends on each axis."""
+    pairs = [(a, b) for a in runs for b in baseline if a["config"]["seed"] == b["config"]["seed"]]
+    if not pairs:
+        yield [arm, "no seed in common", *[""] * (len(metrics) + 2)]
+        return
+    mine, theirs = zip(*pairs)
+    for axis in filter(end.get, AXES):
+        a, a_start, b, b_start = (values_at(of, axis, place) for of in (mine, theirs) for place in (end[axis], 0))
+        harder = map(out_of_distribution, (mine, theirs))
+        yield [arm, AXES[axis][1], *(cell(difference(metric), a, b, sign="+") for metric in metrics.values()),
+               cell(difference(METRICS["accuracy"]), *harder, sign="+") if axis == "step" else "",
+               cell((gains, 2), a, a_start, b, b_start)]
 
 
 def out_of_distribution(runs: Sequence[dict]) -> Values:
@@ -340,10 +411,10 @@ def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[
     return lambda mine, theirs: statistic(mine) - statistic(theirs), digits
 
 
-def gains(start: Values, mine: Values, theirs: Values) -> float:
-    """How many times as much accuracy one arm has gained since the start as another; of a gain that is none, inf."""
-    begin, a, b = (values["right"].mean() for values in (start, mine, theirs))
-    return (a - begin) / (b - begin) if b > begin else math.inf
+def gains(mine: Values, my_start: Values, theirs: Values, their_start: Values) -> float:
+    """How many times as much accuracy one arm has gained, each since its own start, as another; of a gain that is none, inf."""
+    a, a_start, b, b_start = (values["right"].mean() for values in (mine, my_start, theirs, their_start))
+    return (a - a_start) / (b - b_start) if b > b_start else math.inf
 
 
 def spent_at(run: dict, axis: str, place: float, other: str) -> float:
@@ -356,11 +427,6 @@ def cell(metric: tuple[Callable[..., float], int], *arms: Values, sign: str = ""
     statistic, digits = metric
     value, low, high = bootstrap(statistic, *arms)
     return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
-
-
-def line(arm: str, values: Values, names: dict, seeds: int, ood: str, spent: Sequence[float]) -> str:
-    cells = " | ".join(cell(metric, values) for metric in names.values())
-    return f"| {arm} | {seeds} | {cells} | {ood} | " + " | ".join(f"{x:,.0f}" for x in spent) + " |"
 
 
 # --- Figures ---
@@ -379,19 +445,24 @@ def ends(arms: dict[str, list[dict]]) -> Iterator[tuple[str, int, list[dict], tu
         yield arm, -1, runs, look(i)
 
 
+def learning_curves(runs: Sequence[dict], axis: str, statistic: Callable[[Values], float]) -> tuple[np.ndarray, np.ndarray]:
+    """What each run of an arm has spent and the statistic, at every step where any of them was measured: two (steps, seeds)."""
+    steps = sorted({point["step"] for run in runs for point in run["points"]})
+    return (np.array([[spent_at(run, "step", step, axis) for run in runs] for step in steps]),
+            np.array([[statistic(values_at([run], "step", step)) for run in runs] for step in steps]))
+
+
 def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
     figure = report.blank_figure(13, 6)
     axes = figure.subplots(2, 3, sharey="row")
     for i, (arm, runs) in enumerate(arms.items()):
         colour, dashes, marker = look(i)
-        for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
-            x = np.array([[point[axis] / unit for point in run["points"]] for run in runs])  # (seeds, checkpoints)
-            for row, (statistic, _) in enumerate(METRICS.values()):
-                y = np.array([[statistic({k: np.array(v) for k, v in point["per_problem"].items()}) for point in run["points"]]
-                              for run in runs])
-                axes[row, column].plot(x.T, y.T, color=colour, alpha=0.2, linewidth=0.8)
-                axes[row, column].plot(x.mean(0), y.mean(0), dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
+        for row, (statistic, _) in enumerate(METRICS.values()):
+            for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
+                x, y = learning_curves(runs, axis, statistic)
+                axes[row, column].plot(x / unit, y, color=colour, alpha=0.2, linewidth=0.8)
+                axes[row, column].plot(x.mean(1) / unit, y.mean(1), dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
                                        markersize=3)
     for column, label in enumerate(("steps", "sampled tokens, forks included, millions", "seconds")):
         axes[1, column].set_xlabel(label)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2",
 
 def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[float]]) -> dict:
     """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
-    return {"arm": arm, "config": {"seed": seed, "thinking_budget": 10}, "ood": {"right": points[-1][3]}, "points": [
+    config, ood = {"seed": seed, "thinking_budget": 10}, {"right": points[-1][3]}
+    return {"arm": arm, "config": config, "device": "CPU", "ood": ood, "points": [
         {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]],
          "habits": {"attempts": step / 10, "loops": 0.25},
          "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
@@ -55,6 +57,12 @@ def test_runs_with_other_settings_have_other_names():
     assert name(steps="13") == "grpo-seed=0-steps=13.json"
 
 
+def test_a_result_has_one_file_whatever_the_values_of_its_arm():
+    """A slash would be a folder that isn't there."""
+    job = compare.Job.of(Path("config/tiny.py"), "grpo+init_from=out/a", 0, {"operators": "+-*/"}, Path("r"), "test")
+    assert job.result == Path("r/grpo+init_from=out_a-seed=0-operators=+-*_.json") and job.config.init_from == "out/a"
+
+
 def test_only_a_run_on_a_cpu_is_told_its_threads(monkeypatch):
     """There time is CPU time, of one thread; on a GPU train.py and compare.py make the same run."""
     threads = lambda: compare.Job.of(Path("config/tiny.py"), "grpo", 0, {}, Path(), "test").config.threads
@@ -78,12 +86,50 @@ def test_no_run_is_named_twice(arms, seeds, tmp_path):
         compare.main(["config/tiny.py", "--algorithms", arms, "--seeds", seeds, "--results", str(tmp_path)])
 
 
-@pytest.mark.parametrize("arm, message", [("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"),
-                                          ("grpo+alpha", "--alpha needs a value")])
+@pytest.mark.parametrize("arm, message", [
+    ("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"), ("grpo+alpha", "--alpha needs a value"),
+    ("grpo+seed=4", "seed can't be set for grpo.*--seeds says which"), ("grpo+threads=2", "threads can't be set for grpo"),
+    ("grpo+algorithm=mrt", "algorithm can't be set for grpo.*name it in --algorithms")])
 def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path):
     with pytest.raises(UserError, match=message):
         compare.main(["config/tiny.py", "--algorithms", arm, "--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--seed=4", "seed can't be set for all arms: --seeds says which"), ("--threads=2", "threads can't be set for all arms"),
+    ("--algorithm=mrt", "algorithm can't be set for all arms"), ("--jobs=-1", "--jobs=-1: give how many"),
+    ("--labels=GRPO", "give 2 that differ, one for each of grpo,mrt"), ("--labels=MRT,MRT", "give 2 that differ")])
+def test_what_holds_for_all_arms_is_not_misread(word, message, tmp_path):
+    """Neither is a key taken for the option that begins with it: --seed=4 isn't --seeds=4, which are four."""
+    with pytest.raises(UserError, match=message):
+        compare.main(["config/tiny.py", "--algorithms", "grpo,mrt", "--results", str(tmp_path), word])
+
+
+def test_a_config_file_may_be_an_arm_with_another_algorithm():
+    job = compare.Job.of(Path("config/small.py"), "small_grpo+algorithm=mrt_online", 0, {}, Path("r"), "test")
+    assert job.config == replace(load_config("config/small_grpo.py", {"algorithm": "mrt_online"}), threads=job.config.threads)
+
+
+@pytest.mark.parametrize("arm, unlike", [("mrt+eval_budget=40", "eval_budget=40, but grpo-seed=0 has eval_budget=48"),
+                                         ("mrt+thinking_budget=24", "thinking_budget=24"),
+                                         ("mrt+target_max=30+used=3+max_solutions=9", "used=3, target_max=30, max_solutions=9")])
+def test_arms_that_cannot_be_compared_are_not_trained(arm, unlike, tmp_path, monkeypatch):
+    """Their values would be those of other problems, budgets or horizons: said at once, and not after the last run."""
+    monkeypatch.setattr(compare, "run_all", None)
+    with pytest.raises(UserError, match=rf"mrt.*-seed=0 has {unlike}.*give such a key to all"):
+        compare.main(["config/tiny.py", "--algorithms", f"grpo,{arm}", "--seeds", "1", "--results", str(tmp_path)])
+
+
+def test_results_that_cannot_be_compared_are_not_added_to(tmp_path, monkeypatch, capsys):
+    """It counts what a result was made with, which may not be what the config file says today."""
+    monkeypatch.setattr(compare, "run_all", None)
+    job = compare.Job.of(Path("config/tiny.py"), "mrt", 0, {}, tmp_path / "tiny", "test")
+    job.result.parent.mkdir()
+    job.result.write_text(json.dumps({"config": asdict(replace(job.config, eval_problems=7))}))
+    with pytest.raises(UserError, match="mrt-seed=0 has eval_problems=7, but grpo-seed=0 has eval_problems=32"):
+        compare.main(["config/tiny.py", "--algorithms=grpo,mrt", "--seeds=1", f"--results={tmp_path}"])
+    assert "mrt-seed=0.json was made with eval_problems=7; remove it" in capsys.readouterr().err
 
 
 def test_values_between_checkpoints_are_interpolated():
@@ -145,14 +191,45 @@ def test_the_tables_say_what_the_runs_say():
 
 
 def test_of_a_baseline_that_gains_nothing_no_gain_is_a_multiple():
-    start, mine, theirs = (compare.values_at(runs, "step", place) for runs, place in ((MRT, 0), (MRT, 10), (MRT, 0)))
-    assert compare.gains(start, mine, theirs) == math.inf and compare.gains(start, theirs, mine) == 0
+    start, end = (compare.values_at(MRT, "step", place) for place in (0, 10))
+    assert compare.gains(end, start, start, start) == math.inf and compare.gains(start, start, end, start) == 0
+
+
+def test_an_arm_gains_over_its_own_start():
+    """From .5 to 1 it has gained as much as the baseline from 0 to .5, though it ends .5 ahead."""
+    ahead = [run("mrt", seed, (0, 0, 0.0, [1.0, 0.0], [9.0, 9.0]), (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0])) for seed in (0, 1)]
+    row = compare.tables({"grpo": GRPO, "mrt": ahead}).split("### Differences")[1].splitlines()[4]
+    assert "+0.500 [" in row and "| 1.00 [" in row
+
+
+def test_nothing_is_equal_to_no_tokens():
+    """A supervised baseline samples nothing: no table, no differences there, and a line that says why."""
+    sft = [dict(run, points=[dict(point, tokens=0) for point in run["points"]]) for run in GRPO]
+    text = compare.tables({"sft": sft, "mrt": MRT})
+    _, tokens, seconds, differences, *_ = text.split("###")[1:]
+    assert tokens == " Equal tokens\n\nsft has no sampled tokens that another arm could be equal to.\n\n"
+    assert "| mrt |" in seconds and "| mrt | steps |" in differences and "| mrt | sampled tokens |" not in differences
+
+
+def test_times_of_different_devices_are_shown_with_a_warning():
+    """One line, and only then."""
+    warning = "Warning: times can't be compared, they are those of CPU and H100."
+    assert warning in compare.tables({"grpo": GRPO, "mrt": [dict(run, device="H100") for run in MRT]})
+    assert "Warning" not in compare.tables({"grpo": GRPO, "mrt": MRT})
+
+
+def test_curves_of_runs_with_different_checkpoints_meet_at_every_step():
+    """Where one was measured and another wasn't, that one is interpolated."""
+    often = run("grpo", 1, (0, 0, 0.0, [0.0, 0.0], [9.0, 9.0]), (4, 70, 1.0, [1.0, 0.0], [9.0, 9.0]),
+                (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0]))
+    x, y = compare.learning_curves([GRPO[0], often], "tokens", lambda values: values["right"].mean())
+    assert x.tolist() == [[0, 0], [40, 70], [100, 100]] and y.tolist() == [[0, 0], [0.2, 0.5], [0.5, 1]]
 
 
 def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():
     """It is in the tables of values; what can't be paired isn't compared."""
     differences = compare.tables({"grpo": GRPO[:1], "mrt": MRT[1:]}).split("###")[4]
-    assert "| mrt | no seed in common | | | |" in differences
+    assert "| mrt | no seed in common |  |  |" in differences
 
 
 def test_a_report_has_the_baseline_that_was_named(tmp_path):
@@ -173,6 +250,48 @@ def test_runs_wait_for_the_warm_start_that_is_theirs(tmp_path):
     assert compare.shared_start(elsewhere) == Path("somewhere")
     compare.warm_start(elsewhere)
     assert not list(tmp_path.iterdir())
+
+
+FAILURES = {"mrt": UserError("not finite"), "star": KeyboardInterrupt()}  # Ctrl-C
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[str]:
+    """The arms whose runs begin, in threads and without any training; those of FAILURES fail."""
+    begun = []
+
+    def run_job(job: compare.Job) -> None:
+        begun.append(job.arm)
+        if job.arm in FAILURES:
+            raise FAILURES[job.arm]
+
+    monkeypatch.setattr(compare, "run_job", run_job)
+    monkeypatch.setattr(compare, "warm_start", lambda job: None)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
+    return begun
+
+
+def run_arms(folder: Path, *arms: str) -> None:
+    """One at a time."""
+    shared = {"out_dir": str(folder)}
+    compare.run_all([compare.Job.of(Path("config/tiny.py"), arm, 0, shared, folder, "test") for arm in arms], 1)
+
+
+@pytest.mark.parametrize("arm, message", [("mrt", "not finite"), ("star", "interrupted: the same command goes on")])
+def test_a_failure_or_ctrl_c_ends_the_queue(arm, message, begun, tmp_path):
+    """It is what the user sees next, and the runs that were to follow don't begin."""
+    with pytest.raises(UserError, match=message):
+        run_arms(tmp_path, "grpo", arm, "anytime", "vineppo", "sft")
+    assert begun == ["grpo", arm]
+
+
+def test_runs_with_one_warm_start_have_the_same_gates(begun, tmp_path):
+    """Else one may need a second stage of it that nobody has made beforehand. Whose start is another may have other gates."""
+    with pytest.raises(UserError, match="gate_answer=0.5, but grpo-seed=0 has gate_answer=0.0: .* the same gates"):
+        run_arms(tmp_path, "grpo", "grpo+gate_answer=0.5")
+    assert not begun
+    run_arms(tmp_path, "grpo", "grpo+gate_answer=0.5+trace_repeat=0.1")
+    assert len(begun) == 2
 
 
 def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
@@ -204,7 +323,7 @@ def test_a_result_of_another_config_is_not_shown_as_one_of_this(tmp_path, monkey
 
 
 KILLED = """
-import compare, time
+import compare, os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -214,12 +333,15 @@ def work():
     print("still running", flush=True)
 
 if __name__ == "__main__":
-    ProcessPoolExecutor(1, get_context("spawn"), compare.end_with_parent).submit(work).result()
+    pool = ProcessPoolExecutor(1, get_context("spawn"), compare.end_with_parent)
+    os.kill(pool.submit(os.getpid).result(), signal.SIGINT)
+    pool.submit(work).result()
 """
 
 
 def test_the_runs_of_a_killed_comparison_end(tmp_path):
-    """Whoever would go on would write beside the run that the next comparison resumes."""
+    """Whoever would go on would write beside the run that the next comparison resumes. Ctrl-C doesn't end them: they have their
+    step to save, and who is idle would take them along."""
     (tmp_path / "killed.py").write_text(KILLED)
     killed = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "PYTHONPATH": str(Path(compare.__file__).parent)})
@@ -233,7 +355,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(compare.__file__).parent)
     monkeypatch.setattr(compare, "RESAMPLES", 20)
     command = ["config/tiny.py", "--algorithms", "grpo,anytime", "--seeds", "1", "--results", str(tmp_path / "results"),
-               "--jobs", "2", f"--out_dir={tmp_path / 'out'}", *FAST]
+               "--labels", "GRPO, Any time", "--jobs", "2", f"--out_dir={tmp_path / 'out'}", *FAST]
     assert compare.main(command) == 0
     folder = tmp_path / "results/tiny"
     assert len(list((tmp_path / "out").glob("warm-*"))) == 1
@@ -243,6 +365,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert tokens[0] == 0 < tokens[1] < tokens[2] and saved["commit"] and saved["config"]["seed"] == 0
     table = next(folder.glob("comparison-*.md"))
     before = table.read_text()
+    assert "| GRPO | 1 |" in before and "| Any time | steps |" in before and "Differences from GRPO" in before
     assert all(len(list(folder.glob(f"comparison-*-{kind}.png"))) == 1 for kind in ("curves", "budget", "frontier"))
     for name in ("curves_figure", "budgets_figure", "frontier_figure"):  # slow, and drawn once already
         monkeypatch.setattr(compare, name, lambda path, arms: None)
