@@ -31,7 +31,7 @@ from nanomrt import checkpoint, report, search
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
-from nanomrt.rollout import Rollouts, answer_text, force_answers, roll_out, training_sampling
+from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
 from nanomrt.run import choose_device, generator_for
 from nanomrt.verifier import cached_verifier
 
@@ -202,7 +202,7 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
         "right": np.array(rollouts.reward) * (length <= cap),
         "tokens": length.clip(max=cap),
         "thinking": thinking.clip(max=cap),
-        "vote": np.array([answer_text(task, response[:cap]) for response in responses]),
+        "vote": np.array([task.answer(response[:cap]) for response in responses]),
         "response": np.fromiter((response[:cap] for response in responses), dtype=object),
         "J": J, "spent": spent + answer,  # an answer counts at its full allowance, which a well-formed one uses up
         **columns,
@@ -224,7 +224,7 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], vote
     row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
     position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
     forked = force_answers(model, task, rollouts, row, position, votes, temperature, generator)
-    won = np.array([maj_at_k([answer_text(task, answer) or None for answer, _ in branches],
+    won = np.array([maj_at_k([task.answer(answer) or None for answer, _ in branches],
                              [verdict for _, verdict in branches]) for branches in forked.branches])
     return won[back.reshape(spent.shape)], spent
 

@@ -13,7 +13,6 @@ import evaluate
 from data.countdown import Problem
 from evaluate import (
     against_best,
-    answer_text,
     budget_figure,
     budget_grid,
     distinct,
@@ -144,14 +143,11 @@ def test_the_grid_ends_at_the_largest_budget(task):
     assert budget_grid(task, RunConfig()) == [9 * n for n in evaluate.ATTEMPTS]
 
 
-def test_where_thinking_ends_and_what_is_voted_for(task):
+def test_where_thinking_ends(task):
     encode = task.tokenizer.encode
     assert task.thinking_tokens(encode("<try> 3 yes </think> <answer> 3 </answer>")) == 3
     assert task.thinking_tokens(encode("<try> 3 no")) == 3  # cut off
     assert task.thinking_tokens(encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
-    assert answer_text(task, encode("</think> <answer> 3 <answer> 3 + 4 </answer>")) == "3 + 4 </answer>"
-    assert answer_text(task, encode("<try> <answer> 3 + 4 </answer>")) == ""  # the thinking never ended: no verdict, no vote
-    assert answer_text(task, encode("</think> <answer> 3 + 4")) == answer_text(task, encode("<try> </answer>")) == ""
 
 
 # --- A random policy ---
