@@ -6,12 +6,12 @@ Nothing here computes anything that training reads. matplotlib is imported only 
 import html
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanomrt.config import UserError
+from nanomrt.files import replace_text
 
 GOOD, BAD, FLAT = "28, 130, 190", "213, 94, 0", "128, 128, 128"  # blue, orange, grey: apart for every kind of eye
 
@@ -66,9 +66,7 @@ def show_rollout(example: dict) -> str:
 
 def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
     """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(aside, path)
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -85,10 +83,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
     """Drop the rows after `last_step`, and a half-written one. Rows without a step stay."""
-    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= last_step))
 
 
 def blank_figure(width: float, height: float):
