@@ -51,19 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from tqdm import tqdm
 
+    figure = args.figure or args.runs[0] / "figures" / "budget.png"
     for run in args.runs:  # complain before the first of several evaluations, not after it
         if not (run / "config.json").is_file():
             raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+        report.check_writable(run)
+    if args.figure:
+        report.check_figure(figure)
     names = [run.name for run in args.runs]
     summaries, folders = {}, {}
     for run, name in zip(args.runs, names):
         try:
             config = read_config(run / "config.json")
             folder = checkpoint.newest(run / "checkpoints")
+            config = replace(config, device=args.device or config.device)
+            model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
-        config = replace(config, device=args.device or config.device)
-        model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
         sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
         if args.test_time:
             verifier = cached_verifier(run, folder, model, task, config, tqdm)
@@ -75,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, section in against_best({label: summary[split] for label, summary in summaries.items()}).items():
             summaries[label] = update_summary(folders[label] / "summary.json", {split: section})
     print(summary_table(summaries))
-    figure = args.figure or args.runs[0] / "figures" / "budget.png"
     budget_figure(figure, {label: summary["test"] for label, summary in summaries.items()})
     print(f"\n{figure}")
     if args.test_time:

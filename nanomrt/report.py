@@ -6,6 +6,7 @@ Nothing here computes anything that training reads. matplotlib is imported only 
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,21 @@ def show_rollout(example: dict) -> str:
 def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
     """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
     replace_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if a folder, there or not yet, can't be written to: to be asked before the work, not after it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"cannot write to {folder}: {there} is no folder, or not yours to write to; name another one")
+
+
+def check_figure(path: Path) -> None:
+    """Raises UserError if no figure can be drawn there: no matplotlib, a kind of file that it doesn't know, no such place."""
+    kinds = blank_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise UserError(f"{path} is no figure that matplotlib can draw: end it in .png, .pdf or .svg")
+    check_writable(path.parent)
 
 
 def append_jsonl(path: Path, row: dict) -> None:

@@ -248,6 +248,24 @@ def test_user_mistakes_name_the_fix(run, tmp_path):
         evaluate.main([str(run)])
 
 
+@pytest.mark.parametrize("figure, message", [
+    ("curve.xyz", "curve.xyz is no figure that matplotlib can draw: end it in .png"), ("figures", "figures is no figure"),
+    ("small/config.json/curve.png", "cannot write to .*: .*config.json is no folder, or not yours"),
+])
+def test_a_figure_that_cannot_be_drawn_is_an_error_before_the_evaluation(run, tmp_path, figure, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(run), "--figure", str(tmp_path / figure)])
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_a_model_that_cannot_be_loaded_is_a_users_mistake(run, task, model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    checkpoint.save(run / "checkpoints" / "step-000003", model, task.tokenizer, {})
+    with pytest.raises(UserError, match="step-000003 holds weights that are not finite"):
+        evaluate.main([str(run)])
+
+
 def test_table_has_a_line_per_section_and_a_column_per_horizon(task):
     section = section_of(task, 20, 15)
     other = section_of(task, 20, 15, RunConfig(thinking_budget=54, eval_budget=54, eval_samples=2, trace_max_attempts=4))

@@ -169,7 +169,7 @@ def test_a_killed_run_resumes_to_the_same_end(finished, out, moment):
             if line.lstrip().startswith("3/4"):
                 break
     else:
-        while process.poll() is None and not list(out.glob("tiny*/checkpoints/.step-000004.partial")):
+        while process.poll() is None and not list(out.glob("tiny*/checkpoints/.step-000004.*.partial")):
             time.sleep(0.0005)
     process.kill()
     process.wait()
@@ -448,6 +448,34 @@ def test_an_impossible_run_ends_before_any_work(tmp_path, monkeypatch, words, me
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         train.main([*words, f"--out_dir={tmp_path}", "--device=cpu"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_written_ends_before_any_work(task, tmp_path, monkeypatch):
+    """Not minutes later, when the warm start is to be saved; and nothing is made where something could be."""
+    monkeypatch.setattr(warmstart, "warm_start", None)
+    words = lambda out: [str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}"]
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/new/out"):
+        with pytest.raises(UserError, match=f"cannot write to {out}.*: {tmp_path / 'file'} is no folder"):
+            train.main(words(out))
+        with pytest.raises(UserError, match="cannot write to"):  # compare.py begins here
+            cached_warm_start(task, load_config(ROOT / "config/tiny.py", {"out_dir": str(out)}), "cpu", force=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="not yours to write to; name another one"):
+        train.main(words(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_warm_start_that_diverges_is_neither_saved_nor_sampled_from(tmp_path, monkeypatch):
+    def diverge(model, *_):
+        torch.nn.init.constant_(model.model.norm.weight, math.nan)
+        yield torch.tensor(math.nan)
+
+    monkeypatch.setattr(warmstart, "warm_start", diverge)
+    config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(tmp_path))
+    with pytest.raises(UserError, match="diverged: lower warm_muon_lr or warm_adamw_lr"):
+        cached_warm_start(Countdown(config), config, "cpu", force=True)
     assert not list(tmp_path.iterdir())
 
 
