@@ -31,7 +31,7 @@ from nanomrt import checkpoint, report, search
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
-from nanomrt.rollout import Rollouts, answer_text, force_answers, roll_out, training_sampling
+from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
 from nanomrt.run import choose_device, generator_for
 from nanomrt.verifier import cached_verifier
 
@@ -51,19 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from tqdm import tqdm
 
+    figure = args.figure or args.runs[0] / "figures" / "budget.png"
     for run in args.runs:  # complain before the first of several evaluations, not after it
         if not (run / "config.json").is_file():
             raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+        report.check_writable(run)
+    if args.figure:
+        report.check_figure(figure)
     names = [run.name for run in args.runs]
     summaries, folders = {}, {}
     for run, name in zip(args.runs, names):
         try:
             config = read_config(run / "config.json")
             folder = checkpoint.newest(run / "checkpoints")
+            config = replace(config, device=args.device or config.device)
+            model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
-        config = replace(config, device=args.device or config.device)
-        model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
         sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
         if args.test_time:
             verifier = cached_verifier(run, folder, model, task, config, tqdm)
@@ -75,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, section in against_best({label: summary[split] for label, summary in summaries.items()}).items():
             summaries[label] = update_summary(folders[label] / "summary.json", {split: section})
     print(summary_table(summaries))
-    figure = args.figure or args.runs[0] / "figures" / "budget.png"
     budget_figure(figure, {label: summary["test"] for label, summary in summaries.items()})
     print(f"\n{figure}")
     if args.test_time:
@@ -202,7 +205,7 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
         "right": np.array(rollouts.reward) * (length <= cap),
         "tokens": length.clip(max=cap),
         "thinking": thinking.clip(max=cap),
-        "vote": np.array([answer_text(task, response[:cap]) for response in responses]),
+        "vote": np.array([task.answer(response[:cap]) for response in responses]),
         "response": np.fromiter((response[:cap] for response in responses), dtype=object),
         "J": J, "spent": spent + answer,  # an answer counts at its full allowance, which a well-formed one uses up
         **columns,
@@ -224,7 +227,7 @@ def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], vote
     row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
     position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
     forked = force_answers(model, task, rollouts, row, position, votes, temperature, generator)
-    won = np.array([maj_at_k([answer_text(task, answer) or None for answer, _ in branches],
+    won = np.array([maj_at_k([task.answer(answer) or None for answer, _ in branches],
                              [verdict for _, verdict in branches]) for branches in forked.branches])
     return won[back.reshape(spent.shape)], spent
 

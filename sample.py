@@ -56,10 +56,13 @@ def main(argv: list[str]) -> int:
     prompt = task.prompt(problem)
 
     def answers(thinking: list[int], cache: Segments, count: int, stage: str) -> list[list[int]]:
-        """`count` answers forced after `thinking`; `stage` names the random numbers that they draw."""
+        """`count` answers forced after `thinking`; `stage` names the random numbers that they draw. The last token before them is
+        given once more: a `<try>` that used up the budget was never fed."""
+        *context, last = prompt + thinking
         generator = generator_for(args.seed, stage, len(thinking))
         limit = replace(sampling, max_new_tokens=task.answer_tokens, stop=(task.close_answer,))
-        return branch(model, cache, [0] * count, [prompt + thinking] * count, [task.forced_stop] * count, limit, generator).rows()
+        samples = branch(model, cache, [0] * count, [context] * count, [[last, *task.forced_stop]] * count, limit, generator)
+        return [row[1:] for row in samples.rows()]
 
     def right(row: list[int]) -> float:
         return task.grade(problem, task.tokenizer.decode(row))
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 def think(model: Llama, task: Countdown, prompt: list[int], budget: int, sampling: Sampling,
           seed: int) -> Iterator[tuple[list[int], Segments]]:
-    """Each episode as soon as it is complete (or the budget is used up), with a cache that holds all tokens so far.
+    """Each episode as soon as it is complete (or the budget is used up), with a cache of all tokens before its last one.
 
     Each piece draws from a generator of its own, so that the budget does not change what is thought before it is used up.
     """

@@ -12,7 +12,7 @@ Warm-start traces search at random, with flaws that the config sets, so that rei
 they try what has just failed once more, check over and over what has just succeeded, and give up early. Problems are drawn by
 (seed, split) and belong to exactly one split by a hash of their key (sorted numbers, target).
 Left out: chains whose running result is not a whole number in 1..max_value (no trace ever contains one), and expressions
-that are no chain, like (a*b)+(c*d). The grader accepts any expression.
+that are no chain, like (a*b)+(c*d). The grader accepts both.
 """
 
 import ast
@@ -154,7 +154,7 @@ class Countdown:
     habits                             how a policy searches: what a table of accuracies doesn't explain
     episode_ends, thinking_tokens      where an episode and where the thinking ends
     forced_stop                        the tokens that end the thinking and ask for the answer
-    grade                              the verdict on a response
+    answer, grade                      what a response says in the end, and the verdict on it
     tokenizer, close_answer, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
     """
 
@@ -283,11 +283,16 @@ class Countdown:
 
     # --- Verdict ---
 
+    def answer(self, response: Sequence[int]) -> str:
+        """The last complete answer outside the thinking, as it is written; '' if there is none."""
+        return last_answer(self.tokenizer.decode(response)) or ""
+
     def grade(self, problem: Problem, response: str) -> float:
-        """1.0 if the last complete answer outside the thinking reaches the target with the given numbers, else 0.0."""
-        answer = last_answer(response)
-        result = evaluate(answer) if answer else None
-        if result is None:
+        """1.0 if the last complete answer outside the thinking reaches the target with the given numbers and the operators of the
+        task, else 0.0."""
+        answer = last_answer(response) or ""
+        result = evaluate(answer)
+        if result is None or set(answer) & set("+-*/") - set(self.config.operators):
             return 0.0
         value, numbers = result
         remaining = list(problem.numbers)

@@ -4,7 +4,7 @@
     optimizer.safetensors  trainer.json      what an interrupted run needs besides the weights
     manifest.json                            SHA-256 of every file above
 
-A folder is written under another name, flushed to the disk and renamed, so a checkpoint that has its name is whole. The
+A folder is written aside (nanomrt/files.py), flushed to the disk and renamed, so a checkpoint that has its name is whole. The
 manifest catches what happens to it later. `newest` passes over a damaged one, says so, and takes the one before.
 """
 
@@ -13,12 +13,16 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanomrt.files import aside
 from nanomrt.model import Llama, ModelConfig
 from nanomrt.tokenizer import Tokenizer
 
@@ -28,29 +32,27 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 def save(folder: Path, model: Llama, tokenizer: Tokenizer, generation: dict, optimizer: torch.optim.Optimizer | None = None,
          state: dict | None = None) -> None:
     """Write a checkpoint, all of it or none. `state` is JSON: step, counters, whatever `load_training` should return."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    written = aside(folder)
+    written.mkdir(parents=True)
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]  # the same tensor as the embedding; Hugging Face leaves it out too
-    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(aside / "tokenizer.json")
-    _write_json(aside / "config.json", to_hf(model.config))
-    _write_json(aside / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                                  "model_max_length": model.config.max_position_embeddings})
-    _write_json(aside / "generation_config.json", generation)
+    save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(written / "tokenizer.json")
+    _write_json(written / "config.json", to_hf(model.config))
+    _write_json(written / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                    "model_max_length": model.config.max_position_embeddings})
+    _write_json(written / "generation_config.json", generation)
     if optimizer is not None:
-        save_file(_flatten(optimizer), aside / "optimizer.safetensors")
-    _write_json(aside / "trainer.json", state or {})
-    _write_json(aside / "manifest.json", {path.name: _digest(path) for path in sorted(aside.iterdir())})
-    for path in (*aside.iterdir(), aside):
+        save_file(_flatten(optimizer), written / "optimizer.safetensors")
+    _write_json(written / "trainer.json", state or {})
+    _write_json(written / "manifest.json", {path.name: _digest(path) for path in sorted(written.iterdir())})
+    for path in (*written.iterdir(), written):
         _flush(path)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
+    replaced = written.with_suffix(".replaced")
+    with suppress(FileNotFoundError):  # nothing to replace, or another process has just begun to
         folder.rename(replaced)
-    aside.rename(folder)
+    written.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -58,10 +60,10 @@ def save(folder: Path, model: Llama, tokenizer: Tokenizer, generation: dict, opt
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
+        files = json.loads((folder / "manifest.json").read_text()).items()
+    except (OSError, ValueError, AttributeError):
         return "manifest.json is missing or unreadable"
-    for name, digest in manifest.items():
+    for name, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -81,21 +83,34 @@ def newest(checkpoints: Path) -> Path:
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu", kind: type[Llama] = Llama) -> Llama:
-    """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises ValueError naming a key
-    that is not supported, FileNotFoundError when a file is missing."""
+    """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises FileNotFoundError when a file is
+    missing, and ValueError when one is damaged, does not fit the other, or asks for what is not supported."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name}")
-    model = kind(from_hf(json.loads((folder / "config.json").read_text())))
-    weights = load_file(folder / "model.safetensors")
-    if model.config.tie_word_embeddings:
+    try:
+        model = kind(from_hf(json.loads((folder / "config.json").read_text())))
+        weights = load_file(folder / "model.safetensors")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({error}): take another checkpoint") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder}: its config.json describes no model ({error!r}): take another checkpoint") from None
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    if misfit := min(_shapes(model.state_dict()) ^ _shapes(weights), default=None):
+        raise ValueError(f"{folder}: its weights are not those of a {kind.__name__} of its config.json, as {misfit} shows: take "
+                         "another checkpoint")
+    if not finite(weights.values()):
+        raise ValueError(f"{folder} holds weights that are not finite, its training diverged: take an earlier checkpoint, or "
+                         "train anew with a lower learning rate")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.to(device)
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the optimiser in place and return the saved state."""
+    """Restore the optimiser in place and return the saved state. Raises FileNotFoundError if only weights were saved."""
+    if not (folder / "optimizer.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} has no optimizer.safetensors: --init_from={folder} begins a new run with its weights")
     tensors = load_file(folder / "optimizer.safetensors")
     template = optimizer.state_dict()
     template["state"] = {}
@@ -142,6 +157,15 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """'<parameter index>.<state name>' -> tensor."""
     return {f"{index}.{key}": value.cpu().contiguous() for index, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()}
+
+
+def finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether there is no nan and no inf: a policy with one in its weights says nothing that could be sampled."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> set[str]:
+    return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -8,10 +8,14 @@ The model's own shape is saved beside its weights (`ModelConfig`) and comes from
 
 import difflib
 import json
+import math
 import runpy
+import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from nanomrt.files import replace_text
 
 ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime")
 CHOICES = {
@@ -40,7 +44,7 @@ class RunConfig:
     """One training run."""
 
     # run
-    seed: int = key(0, "every random number of the run derives from it")
+    seed: int = key(0, "every random number of the run derives from it", 0, 2**63 - 1)
     steps: int = key(60, "RL steps", 1)
     device: str = key("auto", "auto, cpu or cuda")
     threads: int = key(0, "CPU threads; 0 leaves PyTorch's choice", 0)
@@ -136,6 +140,8 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{f.name}={value} must be a finite number")
             if not (low is None or low <= value) or not (high is None or value <= high):
                 raise ValueError(f"{f.name}={value} must " + (f"be at least {low}" if high is None else f"lie in {low}..{high}"))
         checks = [
@@ -159,7 +165,7 @@ class RunConfig:
             (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
              "leave it at 0"),
-            (self.forks == 1 or self.fork_temperature > 0,
+            (self.forks == 1 or self.fork_temperature > 0 or self.algorithm == "vineppo",  # its forks go on, at `temperature`
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
             (self.num_attention_heads % self.num_key_value_heads == 0,
              "num_attention_heads must be a multiple of num_key_value_heads"),
@@ -219,14 +225,32 @@ def with_overrides(config: RunConfig, overrides: dict[str, str]) -> RunConfig:
     return replace(config, **{name: _typed(name, value, "command line") for name, value in overrides.items()})
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """The assignments of a config file, on top of those of the file that it names as `base`."""
+def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The assignments of a config file, on top of those of the file that it names as `base`. above: the files that are built on
+    this one."""
     if not path.is_file():
-        raise ValueError(f"no config file {path}; those that come with nanomrt are config/*.py")
-    values = {name: value for name, value in runpy.run_path(str(path)).items() if not name.startswith("__")}
-    base = values.pop("base", None)
-    inherited = _read_file(path.parent / base) if base else {}
+        named = f", the base of {above[-1]}" if above else ""
+        raise ValueError(f"no config file {path}{named}; those that come with nanomrt are config/*.py")
+    if path.resolve() in [file.resolve() for file in above]:
+        circle = " -> ".join(file.name for file in (*above, path))
+        raise ValueError(f"{path}: builds on itself, {circle}: leave out one `base`")
+    values = {name: value for name, value in _run(path).items() if not name.startswith("__")}
+    base = values.pop("base", "")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base={base!r} must be the name of a config file, such as 'small.py'")
+    inherited = _read_file(path.parent / base, (*above, path)) if base else {}
     return inherited | {name: _typed(name, value, str(path)) for name, value in values.items()}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What a config file leaves behind. Raises ValueError that says where it fails, and how."""
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:  # it is code, so it can raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}; a config file holds plain assignments, such as "
+                         "alpha = 1.0") from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -268,9 +292,19 @@ def differences(saved: dict[str, Any], config: RunConfig) -> str:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    path.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    replace_text(path, json.dumps(asdict(config), indent=2) + "\n")
 
 
 def read_config(path: Path) -> RunConfig:
-    """The config that a run saved."""
-    return RunConfig(**{name: _typed(name, value, str(path)) for name, value in json.loads(path.read_text()).items()})
+    """The config that a run saved; a key that it lacks came later, and has its default. Raises ValueError that names the file."""
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged: put back what the first line of metrics.jsonl has as `config`, or train anew")
+    values = {name: _typed(name, value, str(path)) for name, value in saved.items()}
+    try:
+        return RunConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanomrt.config import UserError
+from nanomrt.files import replace_text
 
 GOOD, BAD, FLAT = "28, 130, 190", "213, 94, 0", "128, 128, 128"  # blue, orange, grey: apart for every kind of eye
 
@@ -66,9 +67,22 @@ def show_rollout(example: dict) -> str:
 
 def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
     """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(aside, path)
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if a folder, there or not yet, can't be written to: to be asked before the work, not after it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"cannot write to {folder}: {there} is no folder, or not yours to write to; name another one")
+
+
+def check_figure(path: Path) -> None:
+    """Raises UserError if no figure can be drawn there: no matplotlib, a kind of file that it doesn't know, no such place."""
+    kinds = blank_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise UserError(f"{path} is no figure that matplotlib can draw: end it in .png, .pdf or .svg")
+    check_writable(path.parent)
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -85,10 +99,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
     """Drop the rows after `last_step`, and a half-written one. Rows without a step stay."""
-    rows = [row for row in read_jsonl(path) if row.get("step", 0) <= last_step]
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path) if row.get("step", 0) <= last_step))
 
 
 def blank_figure(width: float, height: float):

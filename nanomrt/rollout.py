@@ -65,13 +65,6 @@ def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[
     return [task.grade(problem, text) for problem, text in zip(problems, task.tokenizer.decode_batch(responses))]
 
 
-def answer_text(task, response: Sequence[int]) -> str:
-    """What a rollout votes for: its answer as it is written, '' without a complete one after its thinking."""
-    if response[-1] != task.close_answer or not {task.close_thinking, task.open_answer} <= set(response):
-        return ""
-    return task.tokenizer.decode(response[len(response) - response[::-1].index(task.open_answer) :])
-
-
 def continue_from(model: Llama, task, problems: Sequence, prefix: Segments, segment: Sequence[int],
                   contexts: Sequence[list[int]], forced: Sequence[list[int]], prompt_id: Sequence[int],
                   sampling: Sampling, generator: torch.Generator | None) -> Rollouts:

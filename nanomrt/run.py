@@ -91,8 +91,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.folder / "config.json")
         if newest:
-            model.load_state_dict(checkpoint.load_model(newest, self.device).state_dict())
-            state = checkpoint.load_training(newest, optimizer)
+            try:
+                model.load_state_dict(checkpoint.load_model(newest, self.device).state_dict())
+                state = checkpoint.load_training(newest, optimizer)
+            except (FileNotFoundError, ValueError) as error:
+                raise UserError(f"cannot resume: {error}") from None
             self.step, self.ledger, self.seconds = state["step"], state["ledger"], state["seconds"]
             self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
             self.cpu_seconds = state["cpu_seconds"]
@@ -208,6 +211,7 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
             raise UserError(f"{path} has changed since {folder} began with {changed}: restore it, or start a new run")
     elif before is not None:
         raise UserError(f"{folder} exists: add --resume to go on with it, or remove it to start again")
+    report.check_writable(folder)
     return config, folder, flags
 
 

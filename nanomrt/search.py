@@ -24,7 +24,7 @@ import torch
 from nanomrt.config import RunConfig
 from nanomrt.metrics import auc, bootstrap, maj_at_k, ratio
 from nanomrt.model import Llama
-from nanomrt.rollout import answer_text, branch, grade, roll_out, training_sampling
+from nanomrt.rollout import branch, grade, roll_out, training_sampling
 from nanomrt.run import generator_for
 from nanomrt.sampler import Sampling, prefill
 from nanomrt.verifier import Verifier
@@ -74,7 +74,7 @@ class Trace(NamedTuple):
     tokens: list[int]  # prompt included
     row: int  # where it is cached
     v: float
-    done: bool  # it has answered, or is out of budget: then v = -inf
+    done: bool  # it has ended, or is out of budget; v = -inf if it has no answer
 
 
 def survivors(traces: Sequence[Trace], keep: int) -> list[Trace]:
@@ -114,9 +114,9 @@ def beam_search(model: Llama, verifier: Verifier, task, problems: Sequence, conf
         for row, ((p, trace), tokens, v) in enumerate(zip(going, grown, values)):
             room = len(prompts[p]) + limit.max_new_tokens - len(tokens)  # a rollout would be cut where it is 0
             spent[p] += len(tokens) - len(trace.tokens) + min(room, 0)
-            answered = tokens[-1] == task.close_answer
-            over = room < 0 or (room == 0 and not answered)
-            pool[p].append(Trace(tokens, row, -np.inf if over else v, over or answered))
+            done = room <= 0 or tokens[-1] == task.close_answer
+            lost = done and (room < 0 or not task.answer(tokens[len(prompts[p]) :]))
+            pool[p].append(Trace(tokens, row, -np.inf if lost else v, done))
         beams = {p: survivors(traces, keep) for p, traces in pool.items()}
         for p, (best, *_) in list(beams.items()):
             if best.done:
@@ -176,7 +176,7 @@ def linearised(model: Llama, task, problems: Sequence, config: RunConfig, attemp
         verdicts = grade(task, problems, forced)
         for r in rows:
             drawn = new[r][-1] if len(kept[r]) < len(new[r]) else task.open_episode
-            found[r].append(Attempt(len(new[r]), answer_text(task, forced[r]) or None, verdicts[r],
+            found[r].append(Attempt(len(new[r]), task.answer(forced[r]) or None, verdicts[r],
                                     drawn in (task.close_thinking, task.close_answer)))
             thinking[r] += [opening[r], *kept[r]]
             ends[r].append(len(thinking[r]))
@@ -244,10 +244,10 @@ def sampled(model: Llama, verifier: Verifier, task, problems: Sequence, config: 
     """max(COUNTS) rollouts of each problem, (P,N), and the mean of their tokens, (P,)."""
     N = max(COUNTS)
     rollouts = roll_out(model, task, problems, N, training_sampling(task, config), generator)
-    values, stopped = verifier.values(rollouts.tokens), rollouts.samples.stopped.tolist()
+    values = verifier.values(rollouts.tokens)
     responses = [rollouts.response(row) for row in range(len(values))]
-    samples = [Sample(answer_text(task, response) or None, right, v if ended else -np.inf)
-               for response, right, v, ended in zip(responses, rollouts.reward, values, stopped)]
+    samples = [Sample(answer or None, right, v if answer else -np.inf)
+               for answer, right, v in zip(map(task.answer, responses), rollouts.reward, values)]
     return ([samples[i : i + N] for i in range(0, len(samples), N)],
             [sum(map(len, responses[i : i + N])) / N for i in range(0, len(samples), N)])
 

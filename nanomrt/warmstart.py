@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import kernels
-from nanomrt import checkpoint
+from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.rollout import roll_out, training_sampling
@@ -144,11 +144,14 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
             print(f"warm start: {folder}, trained before")
             model = checkpoint.load_model(folder, device)
         else:
+            report.check_writable(folder)
             with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
                 for loss in warm_start(model, task, config, stage):
                     if bar.n % 10 == 0:  # reading a loss waits for the device
                         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                     bar.update()
+            if not checkpoint.finite(model.parameters()):
+                raise UserError("the warm start diverged: lower warm_muon_lr or warm_adamw_lr")
             checkpoint.save(folder, model, task.tokenizer, {"eos_token_id": task.close_answer}, state={"config": shaping(config)})
         failed = failed_gates(model, task, config)
         if not failed or force:

@@ -1,10 +1,15 @@
 """Checkpoints: whole or absent, damage is found, nothing but safetensors and JSON, Hugging Face's keys both ways."""
 
 import json
+import math
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanomrt import checkpoint
 from nanomrt.model import Llama
@@ -63,6 +68,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path, model, task):
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]), "not what was written"),
     (lambda f: (f / "optimizer.safetensors").unlink(), "missing"),
     (lambda f: (f / "manifest.json").write_text("{"), "unreadable"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "unreadable"),
 ])
 def test_damage_is_named_and_the_one_before_is_used(tmp_path, model, task, capsys, hurt, message):
     optimizer = torch.optim.AdamW(model.parameters())
@@ -88,11 +94,74 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, model, task, monke
     assert checkpoint.newest(tmp_path) == tmp_path / "step-000001"
 
 
+def test_two_processes_may_save_the_same_checkpoint(tmp_path, model, task, monkeypatch):
+    """The second begins before the first has ended, which does not disturb it: whoever comes last is what stays."""
+    other, flush = Llama(model.config).initialise(torch.Generator().manual_seed(1)), checkpoint._flush
+    me = os.getpid()
+
+    def meanwhile(path):
+        monkeypatch.setattr(checkpoint, "_flush", flush)
+        monkeypatch.setattr(os, "getpid", os.getppid)  # a process that is alive
+        checkpoint.save(tmp_path / "warm", other, task.tokenizer, {})
+        monkeypatch.setattr(os, "getpid", lambda: me)
+
+    monkeypatch.setattr(checkpoint, "_flush", meanwhile)
+    checkpoint.save(tmp_path / "warm", model, task.tokenizer, {})
+    assert same(checkpoint.load_model(tmp_path / "warm"), model) and checkpoint.damage(tmp_path / "warm") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["warm"]
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path, model, task):
+    """By the next one that saves the same checkpoint; what a living process writes stays, and so does what is none of ours."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f".warm.{dead.pid}.partial", f".warm.{dead.pid}.replaced", f".warm.{os.getppid()}.partial", ".warm.mine.partial",
+             f".warmer.{dead.pid}.partial"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    checkpoint.save(tmp_path / "warm", model, task.tokenizer, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "warm"])
+
+
 def test_without_a_good_checkpoint_the_error_names_the_fix(tmp_path):
     with pytest.raises(FileNotFoundError, match="train first"):
         checkpoint.newest(tmp_path)
     with pytest.raises(FileNotFoundError, match="config.json"):
         checkpoint.load_model(tmp_path)
+
+
+def edit_config(folder: Path, **keys) -> None:
+    """Change keys of a checkpoint's config.json; None takes one away."""
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize("hurt, message", [
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cannot be loaded .*another"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+    (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+    (lambda f: (f / "config.json").write_text("[]"), "describes no model"),
+    (lambda f: edit_config(f, model_type="gpt2"), "model_type='gpt2' is not supported"),
+    (lambda f: edit_config(f, hidden_size=None), "its config.json describes no model .*hidden_size"),
+    (lambda f: edit_config(f, hidden_size="wide"), "its config.json describes no model"),
+    (lambda f: edit_config(f, hidden_size=-8), "its config.json describes no model"),
+    (lambda f: edit_config(f, vocab_size=5), r"its weights are not those of a Llama .*lm_head.weight \(\d+, 32\) shows"),
+    (lambda f: edit_config(f, num_hidden_layers=1), r"its weights are not those .*model.layers.1"),
+    (lambda f: save_file({}, f / "model.safetensors"), "its weights are not those"),
+    (lambda f: save_file({name: weight * math.nan for name, weight in load_file(f / "model.safetensors").items()},
+                         f / "model.safetensors"), "not finite, its training diverged: take an earlier checkpoint"),
+])
+def test_what_is_no_model_is_an_error_that_names_the_folder(tmp_path, model, task, hurt, message):
+    checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {})
+    hurt(tmp_path / "step-000001")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'step-000001'}:? .*{message}"):
+        checkpoint.load_model(tmp_path / "step-000001")
+
+
+def test_training_does_not_go_on_without_its_optimiser(tmp_path, model, task):
+    checkpoint.save(tmp_path / "a", model, task.tokenizer, {})
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'a'} has no optimizer.safetensors: --init_from="):
+        checkpoint.load_training(tmp_path / "a", torch.optim.AdamW(model.parameters()))
 
 
 @pytest.mark.parametrize("change, message", [

@@ -80,6 +80,16 @@ def test_booleans_on_the_command_line(tmp_path, text, arguments, value):
     assert load(tmp_path, text, *arguments).qk_norm is value
 
 
+def test_continuations_differ_without_a_fork_temperature():
+    """Those of vineppo are sampled like a rollout: several of them are no copies."""
+    assert RunConfig(algorithm="vineppo", forks=4).fork_temperature == 0
+
+
+def test_the_largest_seed_works():
+    """PyTorch takes it."""
+    assert torch.Generator().manual_seed(RunConfig(seed=2**63 - 1).seed).initial_seed() == 2**63 - 1
+
+
 def test_one_file_may_build_on_another(tmp_path):
     """`base` names a file beside this one; what is assigned here wins, whatever the line's place."""
     (tmp_path / "ground.py").write_text("steps = 5\nalpha = 0.25\n")
@@ -98,7 +108,13 @@ def test_one_file_may_build_on_another(tmp_path):
     ("xyzzy = 1", "", "unknown key 'xyzzy'; --help lists all"),
     ("import os", "", "unknown key 'os'"),
     ("", "--base=small.py", "command line: unknown key 'base'"),
-    ("base = 'gone.py'", "", "no config file .*gone.py"),
+    ("base = 'gone.py'", "", r"no config file .*gone.py, the base of .*run.py; those that come"),
+    ("base = 'run.py'", "", "run.py: builds on itself, run.py -> run.py: leave out one `base`"),
+    ("base = 3", "", "run.py: base=3 must be the name of a config file"),
+    # no clean Python
+    ("steps = 3\nalpha = = 1", "", r"run.py: SyntaxError: invalid syntax \(run.py, line 2\); .* plain assignments"),
+    ("steps = 3\nalpha = much", "", "run.py, line 2: NameError: name 'much' is not defined; a config file holds plain"),
+    ("\nimport json\nsteps = json.loads('{')", "", "run.py, line 3: JSONDecodeError: .*; a config file holds"),
     # wrong types in a file
     ("steps = 1.5", "", "run.py: steps=1.5 must be int, not float"),
     ("steps = True", "", "steps=True must be int, not bool"),
@@ -140,7 +156,12 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--kl_coef=0.1 --kl_estimator=k1_reward --equal_groups=skip", "equal_groups=skip would skip none: use k2"),
     ("", "--importance_cap=0.5", r"importance_cap must be 0 \(off\) or at least 1"),
     ("", "--importance_cap=2 --algorithm=sft", "algorithm=sft learns what nobody sampled as it stands: leave it at 0"),
-    ("", "--alpha=nan", "alpha"),
+    ("", "--alpha=nan", "alpha=nan must be a finite number"),
+    ("", "--alpha=inf", "alpha=inf must be a finite number"),
+    ("", "--learning_rate=nan", "learning_rate=nan must be a finite number"),
+    ("alpha = -float('inf')", "", "alpha=-inf must be a finite number"),
+    ("", "--seed=-1", r"seed=-1 must lie in 0\.\.9223372036854775807"),
+    ("", "--seed=9223372036854775808", "seed=9223372036854775808 must lie in 0"),
     ("", "--gamma=1.5", r"gamma=1\.5 must lie in 0\.\.1"),
     ("", "--repeat_penalty=-1", "repeat_penalty=-1.0 must be at least 0"),
     ("", "--repeat_penalty=1 --algorithm=vineppo", "leave it at 0 for algorithm=vineppo"),
@@ -153,7 +174,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--num_hidden_layers=0", "num_hidden_layers=0 must be at least 1"),
     ("", "--trace_repeat=1.5", r"trace_repeat=1\.5 must lie in 0\.\.1"),
     ("", "--fork_temperature=-1", "fork_temperature=-1.0 must be at least 0"),
-    ("", "--fork_temperature=nan", "fork_temperature=nan"),
+    ("", "--forks=4 --algorithm=anytime", "set fork_temperature"),
     ("", "--weight_decay=-1", "weight_decay=-1.0 must be at least 0"),
     *[("", f"--{name}=0", "must be at least 1") for name in (
         "steps", "forks", "prompts_per_step", "epochs", "minibatches", "save_every", "sample_every", "warm_batch",
@@ -236,11 +257,28 @@ def test_saved_configs_read_back_equal(tmp_path):
     assert again == config and type(again.alpha) is float and type(again.steps) is int
 
 
-def test_a_saved_config_with_a_foreign_key_is_refused(tmp_path):
-    """A config of another version does not load silently."""
-    (tmp_path / "config.json").write_text('{"learning_rat": 1.0}')
-    with pytest.raises(ValueError, match="config.json: unknown key 'learning_rat'; did you mean 'learning_rate'"):
+@pytest.mark.parametrize("text, message", [
+    ('{"learning_rat": 1.0}', "unknown key 'learning_rat'; did you mean 'learning_rate'"),  # of another version
+    ('{"steps": 1.5}', "steps=1.5 must be int"), ('{"steps": 0}', "steps=0 must be at least 1"),
+    ('{"alpha": NaN}', "alpha=nan must be a finite number"),
+    ('{"steps": 6', "is damaged: put back what the first line of metrics.jsonl has"), ("", "is damaged"), ("[1]", "is damaged"),
+])
+def test_a_saved_config_that_cannot_be_read_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"config.json:? {message}"):
         read_config(tmp_path / "config.json")
+
+
+def test_a_config_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A process that dies while it writes leaves the old one; what it had written is gone after the next time."""
+    save_config(RunConfig(steps=3), tmp_path / "config.json")
+    monkeypatch.setattr(Path, "write_text", lambda path, text, write=Path.write_text: write(path, text[:99]) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_config(RunConfig(steps=4), tmp_path / "config.json")
+    monkeypatch.undo()
+    assert read_config(tmp_path / "config.json") == RunConfig(steps=3) and len(list(tmp_path.iterdir())) == 2
+    save_config(RunConfig(steps=4), tmp_path / "config.json")
+    assert read_config(tmp_path / "config.json").steps == 4 and len(list(tmp_path.iterdir())) == 1
 
 
 # --- Every key ---

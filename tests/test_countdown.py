@@ -90,11 +90,18 @@ def test_numbers_may_be_used_as_often_as_they_are_given(task):
     assert task.grade(Problem((4, 4, 2), 20), answered("4 * 4 + 4")) == 0.0
 
 
-def test_fractions_on_the_way_are_exact(task):
+def test_fractions_on_the_way_are_exact():
     """7 / 3 * 3 is 7 and not 6.999…; 8 / (3 - 8 / 3) is 24."""
     assert evaluate("7 / 3 * 3") == (Fraction(7), (3, 3, 7))
     assert evaluate("8/(3-8/3)") == (Fraction(24), (3, 3, 8, 8))
-    assert task.grade(Problem((10, 3, 6), 20), answered("10 / 3 * 6")) == 1.0
+    assert countdown(operators="*/").grade(Problem((10, 3, 6), 20), answered("10 / 3 * 6")) == 1.0
+
+
+@pytest.mark.parametrize("operators, rewards", [("+-*/", [1, 1, 1]), ("+-*", [0, 1, 0]), ("-/", [1, 0, 1]), ("+/", [1, 0, 0])])
+def test_an_operator_that_the_task_does_not_offer_is_wrong(operators, rewards):
+    """However right the value is."""
+    task = countdown(operators=operators)
+    assert [task.grade(Problem((4, 2, 1), 2), answered(text)) for text in ("4 / 2 / 1", "4 - 2 * 1", "4-2/1")] == rewards
 
 
 def test_an_answer_with_too_few_numbers_does_not_count():
@@ -129,6 +136,18 @@ def test_an_answer_with_too_few_numbers_does_not_count():
 def test_last_complete_answer_outside_the_thinking(response, answer):
     """The prompt opened the thinking; what is said inside it is no answer, and an unfinished answer is none either."""
     assert last_answer(response) == answer
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("<try> 3 </think> <answer> 3 * 7 </answer>", "3 * 7"),
+    ("</think> <answer> 3 <answer> 3 + 4 </answer>", "3 + 4"),
+    ("<try> <answer> 3 + 4 </answer>", ""),  # the thinking never ended
+    ("<answer> </think> 3 + 4 </answer>", ""),  # it began inside of it
+    ("</think> <answer> 3 + 4", ""), ("<try> </answer>", ""), ("</think> <answer> </answer>", ""),
+])
+def test_an_answer_in_tokens(response, answer, task):
+    """What a response votes for is what its verdict is on."""
+    assert task.answer(task.tokenizer.encode(response)) == answer
 
 
 def test_a_right_answer_inside_the_thinking_earns_nothing(task):

@@ -13,7 +13,6 @@ import evaluate
 from data.countdown import Problem
 from evaluate import (
     against_best,
-    answer_text,
     budget_figure,
     budget_grid,
     distinct,
@@ -144,14 +143,11 @@ def test_the_grid_ends_at_the_largest_budget(task):
     assert budget_grid(task, RunConfig()) == [9 * n for n in evaluate.ATTEMPTS]
 
 
-def test_where_thinking_ends_and_what_is_voted_for(task):
+def test_where_thinking_ends(task):
     encode = task.tokenizer.encode
     assert task.thinking_tokens(encode("<try> 3 yes </think> <answer> 3 </answer>")) == 3
     assert task.thinking_tokens(encode("<try> 3 no")) == 3  # cut off
     assert task.thinking_tokens(encode("<try> 3 </answer>")) == 2  # the stop token has no cache entry to branch from
-    assert answer_text(task, encode("</think> <answer> 3 <answer> 3 + 4 </answer>")) == "3 + 4 </answer>"
-    assert answer_text(task, encode("<try> <answer> 3 + 4 </answer>")) == ""  # the thinking never ended: no verdict, no vote
-    assert answer_text(task, encode("</think> <answer> 3 + 4")) == answer_text(task, encode("<try> </answer>")) == ""
 
 
 # --- A random policy ---
@@ -249,6 +245,24 @@ def test_user_mistakes_name_the_fix(run, tmp_path):
     assert not (run / "summary.json").exists()  # nothing was evaluated before the complaint
     (run / "checkpoints" / "step-000002" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no good checkpoint"):
+        evaluate.main([str(run)])
+
+
+@pytest.mark.parametrize("figure, message", [
+    ("curve.xyz", "curve.xyz is no figure that matplotlib can draw: end it in .png"), ("figures", "figures is no figure"),
+    ("small/config.json/curve.png", "cannot write to .*: .*config.json is no folder, or not yours"),
+])
+def test_a_figure_that_cannot_be_drawn_is_an_error_before_the_evaluation(run, tmp_path, figure, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(run), "--figure", str(tmp_path / figure)])
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json"]
+
+
+def test_a_model_that_cannot_be_loaded_is_a_users_mistake(run, task, model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    checkpoint.save(run / "checkpoints" / "step-000003", model, task.tokenizer, {})
+    with pytest.raises(UserError, match="step-000003 holds weights that are not finite"):
         evaluate.main([str(run)])
 
 

@@ -2,88 +2,114 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import sample
+from data.countdown import Countdown
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, save_config
-from nanomrt.model import Packed
+from nanomrt.model import Llama, Packed
 from nanomrt.sampler import Sampling
+
+PROBLEM = "3 7 4 target 25"
+
+
+@pytest.fixture
+def model(config) -> Llama:
+    """A random policy that says `<try>` a lot, and something else after every context."""
+    model = Llama(replace(config, tie_word_embeddings=False)).initialise(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in model.model.layers.parameters():
+            weight *= 3 if weight.ndim == 2 else 1
+        model.lm_head.weight[Countdown(RunConfig()).open_episode] *= 3
+    return model
 
 
 @pytest.fixture
 def run(tmp_path, model, task):
-    """A run's folder around a random model."""
+    """A run's folder around that model."""
     save_config(RunConfig(), tmp_path / "config.json")
     checkpoint.save(tmp_path / "checkpoints/step-000001", model, task.tokenizer, {})
     return tmp_path
 
 
-def greedy(model, tokens: list[int]) -> int:
-    packed = Packed.of(torch.tensor([len(tokens)]))
-    with torch.no_grad():
-        return int((model(torch.tensor(tokens), packed.position_ids, packed)[-1] @ model.head.T).argmax())
+def greedy(model, tokens: list[int], limit: int, stops: tuple[int, ...]) -> list[int]:
+    """What is likeliest after `tokens`, by a whole forward pass for every token; a stop included."""
+    new: list[int] = []
+    while len(new) < limit and not (new and new[-1] in stops):
+        packed = Packed.of(torch.tensor([len(tokens) + len(new)]))
+        with torch.no_grad():
+            hidden = model(torch.tensor(tokens + new), packed.position_ids, packed)
+        new.append(int((hidden[-1] @ model.head.T).argmax()))
+    return new
 
 
-@pytest.mark.parametrize("budget", [0, 1, 7, 40])
-def test_thinking_episode_by_episode_equals_uncached_greedy_decoding(model, task, budget):
-    """The episodes, joined, are the model's own tokens up to the budget or the end of its thinking."""
-    prompt = task.prompt(task.problems("test", 1, 0)[0])
-    thought = [token for episode, _ in sample.think(model, task, prompt, budget, Sampling(1, (), 0.0), 0)
-               for token in episode]
-    expected = []
-    while len(expected) < budget:
-        token = greedy(model, prompt + expected)
-        if token in (task.close_thinking, task.close_answer):
-            break
-        expected.append(token)
-    # A `<try>` that the budget leaves without an attempt is the one token that may be missing at the end.
-    assert thought == expected[: len(thought)] and len(expected) - len(thought) <= (expected[-1:] == [task.open_episode])
+@pytest.fixture
+def thought(model, task) -> list[int]:
+    """All that the model thinks of PROBLEM when it is greedy: some episodes, then it answers unasked."""
+    *thinking, last = greedy(model, task.prompt(task.parse(PROBLEM)), 60, (task.close_thinking, task.close_answer))
+    assert last == task.close_answer and thinking.count(task.open_episode) >= 5 and len(set(thinking)) >= 10
+    return thinking
 
 
-def test_the_cache_of_the_thinking_serves_any_shorter_budget(run, capsys):
-    """One trace stopped at several budgets gives the answers that stopping there at once gives."""
-    words = [str(run), "--prompt", "3 7 4 target 25", "--temperature", "0"]
-    assert sample.main([*words, "--budget", "9,20,30"]) == 0
-    together = [line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[-3:]]
-    for budget, answer in zip((9, 20, 30), together):
-        assert sample.main([*words, "--budget", str(budget)]) == 0
-        assert capsys.readouterr().out.splitlines()[-1].strip() == answer
+@pytest.mark.parametrize("budget", [0, 1, 2, 7, 60])
+def test_thinking_episode_by_episode_equals_uncached_greedy_decoding(model, task, thought, budget):
+    """The episodes are the model's own tokens up to the budget or the end of its thinking, cut before each `<try>`."""
+    prompt = task.prompt(task.parse(PROBLEM))
+    episodes = [episode for episode, _ in sample.think(model, task, prompt, budget, Sampling(1, (), 0.0), 0)]
+    assert sum(episodes, []) == thought[:budget] and all(episodes)
+    assert [i for episode in episodes for i in range(len(episode)) if episode[i] == task.open_episode] == [0] * (
+        thought[:budget].count(task.open_episode))
+
+
+def test_answers_at_every_budget_equal_uncached_greedy_decoding(run, model, task, thought, capsys):
+    """Whether thinking stops there or went on, and whatever its last token is: a `<try>` was never fed before."""
+    prompt, words = task.prompt(task.parse(PROBLEM)), [str(run), "--prompt", PROBLEM, "--temperature", "0"]
+    budgets, answers = range(len(thought) + 1), []
+    for budget in budgets:
+        row = greedy(model, prompt + thought[:budget] + task.forced_stop, task.answer_tokens, (task.close_answer,))
+        answers.append(f"{task.show(task.forced_stop + row)}   wrong")
+        sample.main([*words, "--budget", str(budget)])
+        assert capsys.readouterr().out.splitlines()[-1].strip() == answers[-1]
+    sample.main([*words, "--budget", ",".join(map(str, budgets))])
+    table = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()[-len(budgets) :]]
+    assert table == [[str(budget), str(budget), answer] for budget, answer in zip(budgets, answers)]
 
 
 def test_progress_shows_J_after_every_episode(run, capsys):
     assert sample.main([str(run), "--progress", "--forks", "2", "--budget", "20"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.split()[-2] == "J" and 0 <= float(line.split()[-1]) <= 1 for line in lines[:-1])
+    assert len(lines) > 3 and all(line.split()[-2] == "J" and 0 <= float(line.split()[-1]) <= 1 for line in lines[:-1])
 
 
 def test_a_seed_makes_the_same_output(run, capsys):
     outputs = []
     for seed in ("1", "1", "2"):
-        sample.main([str(run), "--seed", seed, "--prompt", "3 7 4 target 25"])
+        sample.main([str(run), "--seed", seed, "--prompt", PROBLEM])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
 
 
 def test_looking_does_not_change_the_trace(run, capsys):
     """Progress draws random numbers of its own, and a smaller budget shows the beginning of the same thinking."""
-    def thinking(*words: str) -> str:
-        sample.main([str(run), "--prompt", "3 7 4 target 25", "--seed", "3", *words])
-        lines = capsys.readouterr().out.splitlines()[1:-1]
-        return " ".join(line.split(" J ")[0].strip() for line in lines)
+    def thinking(*words: str) -> list[str]:
+        sample.main([str(run), "--prompt", PROBLEM, "--seed", "4", *words])
+        lines = capsys.readouterr().out.replace(" = ", " ").splitlines()[1:-1]
+        return " ".join(line.split(" J ")[0] for line in lines).split()
     whole = thinking("--budget", "60")
-    assert thinking("--budget", "60", "--progress", "--forks", "2") == whole
-    assert all(whole.startswith(thinking("--budget", str(budget)).removesuffix("<try>").strip()) for budget in (5, 20, 41))
+    assert len(whole) > 41 and thinking("--budget", "60", "--progress", "--forks", "2") == whole
+    assert all(thinking("--budget", str(budget)) == whole[:budget] for budget in (0, 5, 20, 41))
 
 
 def test_the_largest_budget_fits_and_one_more_does_not(run, capsys, task, config):
     """The context holds the prompt, the thinking and one forced answer."""
-    prompt = task.prompt(task.parse("3 7 4 target 25"))
+    prompt = task.prompt(task.parse(PROBLEM))
     room = config.max_position_embeddings - len(prompt) - len(task.forced_stop) - task.answer_tokens
-    words = [str(run), "--prompt", "3 7 4 target 25", "--progress", "--forks", "1", "--temperature", "0"]
+    words = [str(run), "--prompt", PROBLEM, "--progress", "--forks", "1", "--temperature", "0"]
     assert sample.main([*words, "--budget", str(room)]) == 0
     with pytest.raises(UserError, match=f"0..{room}"):
         sample.main([*words, "--budget", str(room + 1)])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_evaluate import SOLVED, UNSOLVED, Scripted
 
+from evaluate import sample_chunk
 from nanomrt import search
 from nanomrt.config import RunConfig
 from nanomrt.metrics import maj_at_k, pass_at_k
 from nanomrt.model import Packed
-from nanomrt.rollout import answer_text, roll_out, training_sampling
+from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.run import generator_for
 from nanomrt.search import (
     CHOICES,
     Attempt,
@@ -28,6 +30,7 @@ from nanomrt.search import (
     linearised,
     measure,
     over_subsets,
+    sampled,
     survivors,
     window,
 )
@@ -130,6 +133,31 @@ def test_a_beam_ends_with_its_best_trace_and_its_verdict(task):
         assert beam_search(policy, judge, task, [SOLVED], RUN, 2, seeded()) == ([1.0], [60])
 
 
+class Hasty(Scripted):
+    """Half of the time it begins an answer, right as it may be, in its thinking: `<answer> </think> ( 3 * 7 ) + 4 </answer>`."""
+
+    def next_word(self, word, position):
+        said = {("<answer>", 7): "</think>", ("</think>", 8): "("}  # a prompt takes 7
+        return said.get((word, position)) or super().next_word(word, position)
+
+    def __call__(self, tokens, positions, attend):
+        logits = super().__call__(tokens, positions, attend)
+        begins = (positions == 6).float()[:, None]
+        return logits + begins * 100 * self.head[self.task.open_answer]
+
+
+def test_what_is_said_inside_the_thinking_is_no_answer(task):
+    """It gets no vote and cannot be chosen, however much the verifier believes it: as for the reward, there is no answer."""
+    policy, hasty = Hasty(task, 20, 15), [task.open_answer, task.close_answer]
+    judge = Judge(lambda row: 1.0 if row[7:8] + row[-1:] == hasty else 0.5)
+    [group], _ = sampled(policy, judge, task, [SOLVED], RUN, seeded())
+    assert set(group) == {Sample(None, 0.0, NONE), Sample("( 3 * 7 ) + 4", 1.0, 0.5)}
+    assert [CHOICES[name](group) for name in ("majority", "best_of_n")] == [1.0, 1.0]
+    assert beam_search(policy, judge, task, [SOLVED], RUN, 8, seeded(1))[0] == [1.0]
+    chunk = sample_chunk(policy, task, [SOLVED], replace(RUN, eval_samples=8), [54], generator_for(0, "test", 0), True)
+    assert set(chunk["vote"]) == {"", "( 3 * 7 ) + 4"}
+
+
 def test_beams_of_several_problems_do_not_mix(task, model):
     problems = task.problems("test", 3, 1)
     judge = Judge(lambda row: 1 / (1 + sum(row)))
@@ -213,13 +241,13 @@ def test_attempts_and_answers_come_from_what_the_window_holds(task, model, conte
             kept = new[:-1] if new[-1] in marks else new
             answer = greedy(model, context + kept + task.forced_stop, task.answer_tokens, (task.close_answer,))
             assert attempt.tokens == len(new) and attempt.closed == (new[-1] in marks[2:])
-            assert attempt.answer == (answer_text(task, task.forced_stop + answer) or None)
+            assert attempt.answer == (task.answer(task.forced_stop + answer) or None)
 
 
 def test_a_policy_that_would_stop_is_made_to_try_again_and_that_is_noted(task):
     """One that closes at once, and one that opens one attempt after the other."""
     found = linearised(Scripted(task, 0, 0), task, [SOLVED, UNSOLVED], RUN, 3, 2, seeded())
-    right = Attempt(1, "( 3 * 7 ) + 4 </answer>", 1.0, True)
+    right = Attempt(1, "( 3 * 7 ) + 4", 1.0, True)
     assert found == [[right] * 3, [right._replace(right=0.0)] * 3]
     [going] = linearised(Scripted(task, 100, 0), task, [SOLVED], RUN, 3, 2, seeded())
     assert [attempt.closed for attempt in going] == [False] * 3

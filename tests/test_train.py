@@ -1,5 +1,6 @@
 """The whole pipeline on config/tiny.py: everything is written, resuming is exact, killing loses nothing."""
 
+import functools
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,14 +118,30 @@ def test_alpha_zero_is_grpo_bit_for_bit_and_mrt_is_not(finished, out):
     assert not equal(weights(zero), weights(finished))
 
 
-@pytest.mark.parametrize("words", [
-    ["--kl_coef=0.1"], ["--kl_coef=0.1", "--kl_estimator=k3"], ["--kl_coef=0.1", "--kl_estimator=k1_reward"],
-    ["--loss_norm=sequence", "--truncated=mask"], ["--equal_groups=skip", "--advantage_norm=rloo"], ["--importance_cap=2"],
-    ["--forks=2", "--fork_temperature=1", "--gamma=0.5", "--advantage_norm=mean"],
+@pytest.fixture(scope="module")
+def learned(warm_started, tmp_path_factory) -> Callable[..., torch.Tensor]:
+    """All weights (n,) after two steps with these words on the command line, unevaluated; each run is made once."""
+    @functools.cache
+    def run(*words: str) -> torch.Tensor:
+        out = tmp_path_factory.mktemp("switch")
+        shutil.copytree(warm_started, out / warm_started.name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "finish", lambda *_: None)
+            folder = run_tiny(out, "--steps=2", *words)
+        assert all(row["grad_norm"] < 1e3 and row["skipped"] == 0 for row in metrics(folder))
+        return torch.cat([weight.flatten() for weight in weights(folder, 2).values()])
+    return run
+
+
+@pytest.mark.parametrize("without, switch", [
+    ([], ["--kl_coef=0.1"]), (["--kl_coef=0.1"], ["--kl_estimator=k3"]), (["--kl_coef=0.1"], ["--kl_estimator=k1_reward"]),
+    ([], ["--loss_norm=sequence"]), ([], ["--truncated=mask"]), (["--algorithm=grpo"], ["--equal_groups=skip"]),
+    ([], ["--advantage_norm=rloo"]), ([], ["--advantage_norm=mean"]), ([], ["--gamma=0.5"]), ([], ["--fork_temperature=1"]),
+    (["--fork_temperature=1"], ["--forks=2"]),
 ])
-def test_every_switch_trains(out, words):
-    run = run_tiny(out, "--steps=2", *words)
-    assert all(abs(row["grad_norm"]) < 1e3 and row["skipped"] == 0 for row in metrics(run))
+def test_every_switch_trains_and_changes_what_is_learned(learned, without, switch):
+    """By more than rounding; importance weights, which are 1 but for rounding here, have tests of their own."""
+    assert (learned(*without, *switch) - learned(*without)).abs().max() > 1e-6
 
 
 def test_importance_weights_do_not_hide_how_far_sampler_and_trainer_are_apart(out, monkeypatch):
@@ -137,6 +155,13 @@ def test_the_prefix_form_measures_one_episode_of_each_continuing_rollout(out):
     """Half of a group is forced to stop, so at most half of the rollouts have an episode, and none has more than one."""
     rows = metrics(run_tiny(out, "--algorithm=mrt", "--steps=2"))
     assert all(0 < row["episodes"] <= 0.5 and row["fork_tokens"] > 0 for row in rows)
+
+
+def test_a_checkpoint_without_an_optimiser_cannot_be_resumed(model, task, tmp_path):
+    checkpoint.save(tmp_path / "checkpoints/step-000001", model, task.tokenizer, {})
+    run = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu")
+    with pytest.raises(UserError, match="cannot resume: .*step-000001 has no optimizer.safetensors: --init_from="):
+        run.begin(tmp_path, model, torch.optim.AdamW(model.parameters()), resume=True)
 
 
 def test_micro_batches_change_nothing_but_rounding(finished, out):
@@ -169,7 +194,7 @@ def test_a_killed_run_resumes_to_the_same_end(finished, out, moment):
             if line.lstrip().startswith("3/4"):
                 break
     else:
-        while process.poll() is None and not list(out.glob("tiny*/checkpoints/.step-000004.partial")):
+        while process.poll() is None and not list(out.glob("tiny*/checkpoints/.step-000004.*.partial")):
             time.sleep(0.0005)
     process.kill()
     process.wait()
@@ -448,6 +473,34 @@ def test_an_impossible_run_ends_before_any_work(tmp_path, monkeypatch, words, me
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         train.main([*words, f"--out_dir={tmp_path}", "--device=cpu"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_written_ends_before_any_work(task, tmp_path, monkeypatch):
+    """Not minutes later, when the warm start is to be saved; and nothing is made where something could be."""
+    monkeypatch.setattr(warmstart, "warm_start", None)
+    words = lambda out: [str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}"]
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/new/out"):
+        with pytest.raises(UserError, match=f"cannot write to {out}.*: {tmp_path / 'file'} is no folder"):
+            train.main(words(out))
+        with pytest.raises(UserError, match="cannot write to"):  # compare.py begins here
+            cached_warm_start(task, load_config(ROOT / "config/tiny.py", {"out_dir": str(out)}), "cpu", force=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="not yours to write to; name another one"):
+        train.main(words(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_warm_start_that_diverges_is_neither_saved_nor_sampled_from(tmp_path, monkeypatch):
+    def diverge(model, *_):
+        torch.nn.init.constant_(model.model.norm.weight, math.nan)
+        yield torch.tensor(math.nan)
+
+    monkeypatch.setattr(warmstart, "warm_start", diverge)
+    config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(tmp_path))
+    with pytest.raises(UserError, match="diverged: lower warm_muon_lr or warm_adamw_lr"):
+        cached_warm_start(Countdown(config), config, "cpu", force=True)
     assert not list(tmp_path.iterdir())
 
 
