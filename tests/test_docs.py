@@ -75,12 +75,20 @@ def quoted(text: str) -> list[tuple[float, float, float, int]]:
     return [(*map(float, numbers), len(numbers[0].partition(".")[2])) for numbers in found]
 
 
-def test_the_readme_quotes_the_tables_of_its_runs():
-    """Every value with its interval, as `compare.py` wrote it for results/small."""
-    table = {numbers[:3] for path in (ROOT / "results/small").glob("*.md") for numbers in quoted(path.read_text())}
-    parts = README.split("\n### The family, compared\n")[0], README.split("\n## The method\n")[1].split("\n## ")[0]
-    stated = [numbers for part in parts for numbers in quoted(part.split("\n## Results\n")[-1])]
-    assert len(stated) >= 20
+MEASURED = {numbers[:3] for path in (ROOT / "results").rglob("*.md") for numbers in quoted(path.read_text())}
+MEASURED |= {(-value, -high, -low) for value, low, high in MEASURED}  # of a difference, the other way round
+RESULTS = (ROOT / "docs/results.md").read_text()
+
+
+@pytest.mark.parametrize("text, least", [
+    (README.split("\n## Results\n")[1].split("\n## ")[0], 30),
+    (README.split("\n## The method\n")[1].split("\n## ")[0], 1),
+    (RESULTS.split("\n## What earlier runs showed\n")[0], 60),
+], ids=["README, results", "README, method", "docs/results.md"])
+def test_the_documents_quote_the_tables_of_the_runs(text, least):
+    """Every value with its interval stands in a table that `compare.py` or `nanomrt.influence` wrote."""
+    stated = quoted(text)
+    assert len(stated) >= least
     for *numbers, digits in stated:
         near = 0.5 * 10**-digits + (0.06 if digits == 0 else 1e-9)  # of what the table rounded already
-        assert any(all(abs(a - b) <= near for a, b in zip(numbers, row)) for row in table), numbers
+        assert any(all(abs(a - b) <= near for a, b in zip(numbers, row)) for row in MEASURED), numbers
