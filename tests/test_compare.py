@@ -90,7 +90,8 @@ def test_no_run_is_named_twice(arms, seeds, tmp_path):
     ("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"), ("grpo+alpha", "--alpha needs a value"),
     ("grpo+seed=4", "seed can't be set for grpo.*--seeds says which"), ("grpo+threads=2", "threads can't be set for grpo"),
     ("grpo+algorithm=mrt", "algorithm can't be set for grpo.*name it in --algorithms")])
-def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path):
+def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "run_all", None)
     with pytest.raises(UserError, match=message):
         compare.main(["config/tiny.py", "--algorithms", arm, "--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
@@ -100,8 +101,9 @@ def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path):
     ("--seed=4", "seed can't be set for all arms: --seeds says which"), ("--threads=2", "threads can't be set for all arms"),
     ("--algorithm=mrt", "algorithm can't be set for all arms"), ("--jobs=-1", "--jobs=-1: give how many"),
     ("--labels=GRPO", "give 2 that differ, one for each of grpo,mrt"), ("--labels=MRT,MRT", "give 2 that differ")])
-def test_what_holds_for_all_arms_is_not_misread(word, message, tmp_path):
-    """Neither is a key taken for the option that begins with it: --seed=4 isn't --seeds=4, which are four."""
+def test_what_holds_for_all_arms_is_not_misread(word, message, tmp_path, monkeypatch):
+    """Neither is a key taken for the option that it begins: --seed=4 isn't --seeds=4, which are four."""
+    monkeypatch.setattr(compare, "run_all", None)
     with pytest.raises(UserError, match=message):
         compare.main(["config/tiny.py", "--algorithms", "grpo,mrt", "--results", str(tmp_path), word])
 
