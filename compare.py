@@ -42,6 +42,7 @@ from nanomrt import checkpoint, report
 from nanomrt.config import (
     ALGORITHMS,
     KEYS,
+    TASK_KEYS,
     RunConfig,
     UserError,
     differences,
@@ -61,8 +62,7 @@ TAKEN = {  # keys with a place of their own, and which
     "threads": "on a CPU every run has one, so that CPU times compare",
 }
 # What all arms must have in common: the problems, and how they are measured.
-MEASURED = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
-            "ood_target_min", "ood_max_solutions", "thinking_budget", "eval_problems", "eval_samples", "eval_budget")
+MEASURED = (*TASK_KEYS, "thinking_budget", "eval_problems", "eval_samples", "eval_budget")
 GATES = tuple(name for name in KEYS if name.startswith("gate_"))
 
 

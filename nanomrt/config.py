@@ -186,6 +186,9 @@ class RunConfig:
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}
+# What the problems are.
+TASK_KEYS = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
+             "ood_target_min", "ood_max_solutions")
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
 BOOLS = {"true": True, "false": False}  # bool("False") would be True

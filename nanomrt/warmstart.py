@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import kernels
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError
+from nanomrt.config import TASK_KEYS, RunConfig, UserError
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.rollout import roll_out, training_sampling
 
@@ -89,9 +89,8 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
 
 
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
-SHAPING_KEYS = ("seed", "numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
-                "ood_target_min", "ood_max_solutions", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
+SHAPING_KEYS = (*TASK_KEYS, "seed", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
 
 GATE_ADVICE = {
     "result": "intermediate results are often wrong: raise warm_steps",
