@@ -45,8 +45,10 @@ from nanomrt.config import (
     TASK_KEYS,
     RunConfig,
     UserError,
+    complete,
     differences,
     load_config,
+    parse_arm,
     parse_overrides,
     read_config,
     run_name,
@@ -144,8 +146,8 @@ class Job:
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
         setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
-        name, *keys = arm.split("+")
-        own, sibling = parse_overrides([f"--{key}" for key in keys]), config_path.with_name(f"{name}.py")
+        name, own = parse_arm(arm)
+        sibling = config_path.with_name(f"{name}.py")
         of_file = name not in ALGORITHMS and sibling.is_file()
         for key, reason in TAKEN.items():
             if key in shared or key in own and not (of_file and key == "algorithm"):
@@ -170,8 +172,7 @@ class Job:
         """The config of its result, or that with which it will be made."""
         if not self.result.is_file():
             return asdict(self.config)
-        saved = json.loads(self.result.read_text())["config"]
-        return {name: saved.get(name, key.default) for name, key in KEYS.items()}  # one that it hasn't came later
+        return complete(json.loads(self.result.read_text())["config"])
 
 
 def agree(jobs: Sequence[Job], keys: Sequence[str], reason: str) -> None:

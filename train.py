@@ -160,15 +160,16 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
         weight = torch.zeros_like(advantage)  # (N,)
         weight[batch.flat(minibatch)] = token_weights(batch.take(minibatch), config.loss_norm, config.thinking_budget,
                                                       config.truncated)
-        # What no gradient comes from is not computed: rollouts without an advantage, and what follows a rollout's last one.
-        length = length_with_gradient(batch, weight * advantage if ref_logprob is None else weight)  # (B,) a KL pulls at all
+        # What no gradient comes from is not computed: rollouts without an advantage, and what follows a rollout's last one. But a
+        # KL pulls at every action.
+        length = length_with_gradient(batch, weight * advantage if ref_logprob is None else weight)  # (B,)
         learned = minibatch[length[minibatch] > 0]
         optimizer.zero_grad(set_to_none=True)
         for part in micro_batches(length[learned], config.micro_batch_tokens):
             rows = learned[part]
             logprob, entropy, action = score(model, batch.take(rows, length), config.temperature)  # (n,)
             at = batch.flat(rows, length)[action]  # (n,) the same actions on the batch's axis
-            # Of supervised learning nobody sampled these tokens, or not as they stand.
+            # What is learned by imitation nobody sampled, or not as it stands.
             old = logprob.detach() if METHODS[config.algorithm].supervised else batch.logprob[at]
             loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
@@ -189,7 +190,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
 
 
 def shuffled(batch: Batch, advantage: Tensor, config: RunConfig, generator: torch.Generator) -> list[Tensor]:
-    """The rows of every optimiser step: each pass has an order of its own. equal_groups=skip leaves rows out, not steps."""
+    """The rows of each optimiser step, pass after pass, each in an order of its own; equal_groups=skip leaves rows out."""
     kept = group_has_advantage(batch, advantage)  # (B,)
     if config.equal_groups == "keep" or not kept.any():  # if nobody has an advantage, a KL still pulls at everybody
         kept = torch.ones_like(kept)

@@ -1,4 +1,4 @@
-# The whole pipeline in half a minute on two CPU cores: a smoke run, and what the tests use. It learns little.
+# The whole pipeline in less than half a minute on two CPU cores: a smoke run, and what the tests use. It learns little.
 
 numbers, used = 3, 2          # reach the target with one operation on two of three numbers
 number_max = 9

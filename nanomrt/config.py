@@ -272,10 +272,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     return overrides
 
 
-def parse_arm(arm: str) -> dict[str, str]:
-    """A method, perhaps with keys of its own: 'mrt_online+alpha=2' -> {'algorithm': 'mrt_online', 'alpha': '2'}."""
-    algorithm, *keys = arm.split("+")
-    return {"algorithm": algorithm, **parse_overrides([f"--{key}" for key in keys])}
+def parse_arm(arm: str) -> tuple[str, dict[str, str]]:
+    """A name, perhaps with keys of its own: 'mrt_online+alpha=2' -> ('mrt_online', {'alpha': '2'})."""
+    name, *keys = arm.split("+")
+    return name, parse_overrides([f"--{key}" for key in keys])
 
 
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
@@ -287,11 +287,15 @@ def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     return "-".join([Path(path).stem, *values])
 
 
+def complete(saved: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a run that saved these values: one that it hasn't came later, and had its default's effect."""
+    return {name: saved.get(name, f.default) for name, f in KEYS.items()}
+
+
 def differences(saved: dict[str, Any], config: RunConfig) -> str:
-    """What a run that saved these values was trained with and `config` isn't, 'epochs=1, steps=60'; '' if nothing. A key that it
-    hasn't came later, and had its default's effect."""
-    before = {name: saved.get(name, f.default) for name, f in KEYS.items() if name not in HOW}
-    return ", ".join(f"{name}={value}" for name, value in before.items() if value != getattr(config, name))
+    """What a run that saved these values was trained with and `config` isn't, 'epochs=1, steps=60'; '' if nothing."""
+    return ", ".join(f"{name}={value}" for name, value in complete(saved).items()
+                     if name not in HOW and value != getattr(config, name))
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arm_config(config: RunConfig, arm: str) -> RunConfig:
     """The config of 'mrt_online+alpha=2'. Raises ValueError unless its credit is given to whole traces."""
-    config = with_overrides(config, parse_arm(arm))
+    algorithm, keys = parse_arm(arm)
+    config = with_overrides(config, {"algorithm": algorithm, **keys})
     possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J, traces_for_progress)]
     if config.algorithm not in possible:
         raise ValueError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")

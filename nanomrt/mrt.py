@@ -4,8 +4,7 @@ A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer 
 from m forced answers. Equations (numbers stand on the lines that compute them):
 
     (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
-    (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d is `J_discount`, 1 in
-                                                                            the paper
+    (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d, `J_discount`, is ours
     (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
