@@ -284,15 +284,21 @@ def evaluated(job: Job) -> dict:
                       "seconds": row["seconds_cpu"] if device == "cpu" else row["seconds_total"]} for row in rows}
     folders = {0: Path(made.pop("start"))}
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
-    problems, points = distinct(task, job.split, config.eval_problems, "eval"), []
+
+    def measured(folder: Path, split: str) -> dict:
+        try:
+            model = checkpoint.load_model(folder, device)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{error}; or remove {job.run}, and the same command trains it anew") from None
+        return evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval", brief=True)
+
+    points = []
     for step, folder in folders.items():
-        section = evaluate_policy(checkpoint.load_model(folder, device), task, problems, config, "eval", brief=True)
+        section = measured(folder, job.split)
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
                        "habits": section["habits"], "per_problem": section["per_problem"]})
-    # The last folder is the trained policy's.
-    harder = evaluate_policy(checkpoint.load_model(folder, device), task, distinct(task, "ood", config.eval_problems, "eval"),
-                             config, "eval", brief=True)
+    harder = measured(folder, "ood")  # the last folder is the trained policy's
     return {"arm": job.arm, **made, "points": points, "ood": harder["per_problem"]}
 
 

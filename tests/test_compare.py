@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import compare
-from nanomrt.config import UserError, load_config, save_config
+from nanomrt.config import UserError, load_config, parse_overrides, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
@@ -377,3 +377,8 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert next(folder.glob("other-*.md")).read_text() == before
     with pytest.raises(UserError, match="no such run of .*leave out --report"):
         compare.main(["config/tiny.py", "--algorithms", "sft", "--report", "--results", str(tmp_path / "elsewhere")])
+    shared = parse_overrides([f"--out_dir={tmp_path / 'out'}", *FAST])
+    job = compare.Job.of(Path("config/tiny.py"), "anytime", 0, shared, folder, "test")
+    (job.run / "checkpoints/step-000001/model.safetensors").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="step-000001 cannot be loaded .*or remove .*anytime.*trains it anew"):
+        compare.evaluated(job)
