@@ -244,7 +244,8 @@ def tile_of(name: str, q: Tensor) -> Tile:
 def rows_of(x: Tensor) -> Tensor:
     """x (N,heads,D) with the heads of a token side by side and rows where the copy engine can find them; copied if not so."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if aligned and x.stride()[1:] == (x.shape[2], 1) else x.clone(memory_format=torch.contiguous_format)
+    apart = x.stride(0) >= x.shape[1] * x.shape[2]  # expanded rows are not
+    return x if aligned and apart and x.stride()[1:] == (x.shape[2], 1) else x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("nanomrt::attention", mutates_args=())

@@ -179,7 +179,7 @@ def tile_of(x: Tensor, stored: bool = False) -> Tile:
 def matrix(x: Tensor) -> Tensor:
     """x with its rows where the copy engine can find them: 16 bytes apart, or a multiple of that; copied if they are not."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    if aligned and x.stride(1) == 1:
+    if aligned and x.stride(0) >= x.shape[1] and x.stride(1) == 1:  # expanded rows are not apart
         return x
     return x.new_empty(len(x), triton.cdiv(x.shape[1], 8) * 8)[:, : x.shape[1]].copy_(x)
 

@@ -97,11 +97,12 @@ def by_operation(run: Callable[[], None], device: str) -> list[dict]:
     # The forward pass of an operator of ours runs under a name that PyTorch gives its autograd function.
     plain = lambda name: re.sub(r"^GeneratedBackwardFor_([a-z]+)_(\w+)_default$", r"\1::\2", name)
     own = (lambda event: event.self_device_time_total) if device == "cuda" else (lambda event: event.self_cpu_time_total)
-    # On a GPU each kernel is an event as well, whose time its operation on the CPU has already.
+    # On a GPU each kernel is an event as well, whose time its operation on the CPU has already; and so may have what the profiler
+    # does in between ("Command Buffer Full"), whose name no operation has.
     rows: dict[str, dict] = {}
     for event in recorded.key_averages():
-        if own(event) > 0 and event.device_type == DeviceType.CPU:
-            name = plain(event.key)
+        name = plain(event.key)
+        if own(event) > 0 and event.device_type == DeviceType.CPU and "::" in name:
             row = rows.setdefault(name, {"operation": name, "group": group_of(name), "ms": 0.0, "calls": 0})
             row["ms"], row["calls"] = row["ms"] + own(event) / 1e3, max(row["calls"], event.count)
     return sorted(rows.values(), key=lambda row: -row["ms"])

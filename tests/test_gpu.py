@@ -245,7 +245,7 @@ def test_logprobs_against_float64(N, C, V, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 16), (300, 3, 128), (129, 2, 80), (70, 1, 1536), (5000, 1, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 1, 10), (300, 3, 128), (129, 2, 80), (70, 1, 1536), (5000, 1, 256)], ids=str)
 def test_elementwise_against_float64(shape, dtype):
     """Each op by itself, result and gradients; the residual stream is fp32, as in the model."""
     x, gate, upstream = (randn(*shape, seed=i, dtype=dtype) for i in range(3))
@@ -389,7 +389,7 @@ def test_a_nan_row_stays_a_row():
 
 @pytest.mark.parametrize("C", [128, 100, 77])
 def test_views_and_odd_widths(C):
-    """Rows that the copy engine cannot address: odd strides, odd widths, storage that begins anywhere."""
+    """Rows that the copy engine cannot address: odd strides, odd widths, storage that begins anywhere, one row for all."""
     hidden, weight, targets = vocabulary(64, C, 300)
     expected = kernels.fused_token_logprobs(hidden, weight, targets, 1.0)
     wide = torch.zeros(64, 2 * C + 3, device=DEVICE, dtype=hidden.dtype)
@@ -397,7 +397,11 @@ def test_views_and_odd_widths(C):
     shifted = torch.zeros(300 * C + 1, device=DEVICE, dtype=hidden.dtype)[1:].view(300, C).copy_(weight)
     spread = torch.stack([targets, targets * 0], 1)[:, 0]  # stride 2
     assert same_bits(expected, kernels.fused_token_logprobs(wide[:, 1 : C + 1], shifted, spread, 1.0))
+    same_row = hidden[:1].expand(64, -1)
+    assert same_bits(*(kernels.fused_token_logprobs(h, weight, targets, 1.0) for h in (same_row, same_row.contiguous())))
     q, k, v, _ = pack((40, 24))
+    same_key = k[:1].expand(64, -1, -1)
+    assert same_bits(*([attend(q, key, v, (40, 24))] for key in (same_key, same_key.contiguous())))
     moved = [torch.zeros(x.numel() + 1, device=DEVICE, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in (q, k, v)]
     assert same_bits([attend(q, k, v, (40, 24))], [attend(*moved, (40, 24))])
     gated = lambda x, w, gate: kernels.swiglu(kernels.rms_norm(x, w, 1e-6, gate.dtype), gate)
