@@ -198,7 +198,7 @@ def run_all(jobs: list[Job], processes: int) -> None:
         by_start.setdefault(shared_start(job), []).append(job)
     for group in by_start.values():
         agree(group, GATES, "runs with the same warm start have the same gates for it: give such a key to all, as --key=value")
-    ready: list[tuple[Callable[[Job], None], Job]] = [(warm_start, group[0]) for group in by_start.values()]
+    ready: list[tuple[Callable[[Job], None], Job]] = [(train_warm_start, group[0]) for group in by_start.values()]
     running: dict[Future, tuple[Callable[[Job], None], Job]] = {}
     steps = sum(job.config.steps for job in jobs)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent)
@@ -211,7 +211,7 @@ def run_all(jobs: list[Job], processes: int) -> None:
                 for future in wait(running, 1.0, FIRST_COMPLETED).done:
                     work, job = running.pop(future)
                     future.result()  # raises what the job raised
-                    if work is warm_start:
+                    if work is train_warm_start:
                         ready += [(run_job, other) for other in by_start[shared_start(job)]]
                 bar.update(sum(steps_done(job) for job in jobs) - bar.n)
     except KeyboardInterrupt:
@@ -248,7 +248,7 @@ def shared_start(job: Job) -> Path:
     return Path(job.config.init_from) if job.config.init_from else warm_folder(job.config)
 
 
-def warm_start(job: Job) -> None:
+def train_warm_start(job: Job) -> None:
     """Train and cache a warm start, so that no two of the runs that share it do."""
     if not job.config.init_from:
         cached_warm_start(train.checked_task(job.config), job.config, choose_device(job.config), False)
@@ -298,8 +298,8 @@ def evaluated(job: Job) -> dict:
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
                        "habits": section["habits"], "per_problem": section["per_problem"]})
-    harder = measured(folder, "ood")  # the last folder is the trained policy's
-    return {"arm": job.arm, **made, "points": points, "ood": harder["per_problem"]}
+    harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", step))}
+    return {"arm": job.arm, **made, "points": points, **harder}
 
 
 # --- Reading: what a comparison says ---
@@ -333,7 +333,7 @@ def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def bootstrap(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
+def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
     """Value and 95 % interval of a statistic of one or more arms: seeds and problems are drawn with replacement, the same ones
     for every arm. The arms must have the same seeds."""
     rng = np.random.default_rng(0)
@@ -385,9 +385,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def values_row(runs: Sequence[dict], axis: str, place: float, metrics: dict) -> list[str]:
-    """An arm where it has spent so much, after its name. OOD problems are answered at the end only, which is after all steps."""
-    values = values_at(runs, axis, place)
-    harder = cell(METRICS["accuracy"], out_of_distribution(runs)) if axis == "step" and place else ""
+    """An arm where it has spent so much, after its name. OOD problems are answered at the start and after all steps only, and by
+    runs of an older commit after all steps."""
+    values, which = values_at(runs, axis, place), "ood" if place else "ood_start"
+    measured = axis == "step" and all(which in run for run in runs)
+    harder = cell(METRICS["accuracy"], out_of_distribution(runs, which)) if measured else ""
     spent = [np.mean([spent_at(run, axis, place, other) for run in runs]) for other in AXES]
     return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), harder, *(f"{x:,.0f}" for x in spent)]
 
@@ -408,8 +410,8 @@ def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], en
                cell((gains, 2), a, a_start, b, b_start)]
 
 
-def out_of_distribution(runs: Sequence[dict]) -> Values:
-    return {"right": np.stack([np.array(run["ood"]["right"]) for run in runs])}
+def out_of_distribution(runs: Sequence[dict], which: str = "ood") -> Values:
+    return {"right": np.stack([np.array(run[which]["right"]) for run in runs])}
 
 
 def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[[Values, Values], float], int]:
@@ -432,7 +434,7 @@ def spent_at(run: dict, axis: str, place: float, other: str) -> float:
 
 def cell(metric: tuple[Callable[..., float], int], *arms: Values, sign: str = "") -> str:
     statistic, digits = metric
-    value, low, high = bootstrap(statistic, *arms)
+    value, low, high = interval(statistic, *arms)
     return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
 
 
@@ -517,7 +519,7 @@ def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     axes = figure.subplots()
     for label, at, runs, (colour, _, marker) in ends(arms):
         values = values_at(runs, "step", runs[0]["points"][at]["step"])
-        (y, *ys), (x, *xs) = (bootstrap(statistic, values) for statistic, _ in METRICS.values())
+        (y, *ys), (x, *xs) = (interval(statistic, values) for statistic, _ in METRICS.values())
         axes.plot(xs, [y, y], color=colour, alpha=0.35, linewidth=1)
         axes.plot([x, x], ys, color=colour, alpha=0.35, linewidth=1)
         axes.plot(x, y, marker, color=colour, markersize=7, label=label)

@@ -5,8 +5,8 @@
     python evaluate.py out/small --test-time                       and what more tokens per problem can buy (nanomrt/search.py)
 
 Three questions, each answered with a 95 % interval over problems:
-- As trained: accuracy, tokens per right answer, pass@k and maj@k of rollouts under the training budget. A rollout that has
-  not answered by then scores 0, as in training.
+- As trained: accuracy, tokens per right answer (those of whole responses), pass@k and maj@k of rollouts under the training
+  budget. A rollout that has not answered by then scores 0, as in training.
 - Stopped: J(b), the accuracy of a greedy answer forced after b thinking tokens, for a grid of b that reaches past the
   training budget, and the regret (metrics.py) of this curve: to an oracle, to a majority of answers, and to the best J of all
   runs on the command line.

@@ -61,12 +61,13 @@ def main(argv: list[str]) -> int:
         with run.timed("trace"):
             gathered = method.gather(model, task, problems, config, generator_for(config.seed, "sample", run.step))
         # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
-        batch, ref_logprob = with_reference(gathered.batch, reference, config)
+        ref_logprob = rescore(reference, gathered.batch, config) if reference else None  # (N,)
+        batch = with_k1_penalty(gathered.batch, ref_logprob, config)
         advantage = method.credit(batch, gathered.episodes, config)  # (N,)
-        batch, advantage, corrected = importance_weighted(model, batch, advantage, config)
+        batch, advantage, mismatch = importance_weighted(model, batch, advantage, config)
         # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
-            learned = update(model, optimizer, batch, advantage, ref_logprob, run) | corrected
+            learned = update(model, optimizer, batch, advantage, ref_logprob, run) | mismatch
         # 4. Write it down.
         run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:
@@ -96,7 +97,7 @@ def checked_task(config: RunConfig) -> Countdown:
 
 
 def starting_policy(folder: Path, task: Countdown, config: RunConfig, device: str) -> Llama:
-    """The model of a checkpoint folder. Raises UserError if there is none, or it speaks another vocabulary or holds less."""
+    """The model of a checkpoint folder. Raises UserError if there is none, or its vocabulary or context doesn't fit the task."""
     try:
         model = checkpoint.load_model(folder, device)
     except (FileNotFoundError, ValueError) as error:
@@ -129,20 +130,18 @@ def rescore(model: Llama, batch: Batch, config: RunConfig) -> Tensor:
     return rescored
 
 
-def with_reference(batch: Batch, reference: Llama | None, config: RunConfig) -> tuple[Batch, Tensor | None]:
-    """The reference policy's log-probs (N,), and the batch with the k1 penalty in its rewards if that is the estimator."""
-    if reference is None:
-        return batch, None
-    ref_logprob = rescore(reference, batch, config)
-    if config.kl_estimator == "k1_reward":
-        k1 = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.logprob - ref_logprob)  # (B,)
-        batch = replace(batch, reward=batch.reward - config.kl_coef * k1)
-    return batch, ref_logprob
+def with_k1_penalty(batch: Batch, ref_logprob: Tensor | None, config: RunConfig) -> Batch:
+    """The batch with the KL to the reference taken from its rewards, if that is the estimator; otherwise as it is."""
+    if ref_logprob is None or config.kl_estimator != "k1_reward":
+        return batch
+    k1 = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.logprob - ref_logprob)  # (B,)
+    return replace(batch, reward=batch.reward - config.kl_coef * k1)
 
 
 def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: RunConfig) -> tuple[Batch, Tensor, dict]:
     """Truncated importance sampling, for a sampler that rounds in its own way: the batch with the trainer's log-probs, advantages
-    (N,) times min(pi_trainer / pi_sampler, importance_cap), and how far apart both are. As it was if the cap is 0."""
+    (N,) times min(pi_trainer / pi_sampler, importance_cap), and how far apart both were, which `update` can't see any more. As it
+    was if the cap is 0."""
     if not config.importance_cap:
         return batch, advantage, {}
     trainer = rescore(model, batch, config)
@@ -163,13 +162,13 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
         # What no gradient comes from is not computed: rollouts without an advantage, and what follows a rollout's last one. But a
         # KL pulls at every action.
         length = length_with_gradient(batch, weight * advantage if ref_logprob is None else weight)  # (B,)
-        learned = minibatch[length[minibatch] > 0]
+        minibatch = minibatch[length[minibatch] > 0]
         optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(length[learned], config.micro_batch_tokens):
-            rows = learned[part]
+        for part in micro_batches(length[minibatch], config.micro_batch_tokens):
+            rows = minibatch[part]
             logprob, entropy, action = score(model, batch.take(rows, length), config.temperature)  # (n,)
             at = batch.flat(rows, length)[action]  # (n,) the same actions on the batch's axis
-            # What is learned by imitation nobody sampled, or not as it stands.
+            # Nobody sampled what is imitated, or not as it stands: it has no log-prob to compare with but the policy's own.
             old = logprob.detach() if METHODS[config.algorithm].supervised else batch.logprob[at]
             loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
@@ -228,7 +227,8 @@ def learning_rate(config: RunConfig, done: int) -> float:
 
 
 def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
-    """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row): padding stays small."""
+    """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row). In order, because attention on a CPU
+    pads a part's rows to the longest."""
     order = lengths.argsort(stable=True)
     return [order[part.start : part.stop] for part in packs(lengths[order].tolist(), limit)]
 

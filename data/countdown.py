@@ -155,7 +155,7 @@ class Countdown:
     episode_ends, thinking_tokens      where an episode and where the thinking ends
     forced_stop                        the tokens that end the thinking and ask for the answer
     answer, grade                      what a response says in the end, and the verdict on it
-    tokenizer, close_answer, close_thinking, open_episode, attempt_tokens, answer_tokens     tokens and their counts
+    tokenizer, open_episode, go_back, close_thinking, close_answer, attempt_tokens, answer_tokens     tokens and their counts
     """
 
     def __init__(self, config: RunConfig):
@@ -287,10 +287,10 @@ class Countdown:
         """The last complete answer outside the thinking, as it is written; '' if there is none."""
         return last_answer(self.tokenizer.decode(response)) or ""
 
-    def grade(self, problem: Problem, response: str) -> float:
-        """1.0 if the last complete answer outside the thinking reaches the target with the given numbers and the operators of the
-        task, else 0.0."""
-        answer = last_answer(response) or ""
+    def grade(self, problem: Problem, text: str) -> float:
+        """1.0 if the last complete answer of a response, given as text, outside the thinking reaches the target with the given
+        numbers and the operators of the task, else 0.0."""
+        answer = last_answer(text) or ""
         result = evaluate(answer)
         if result is None or set(answer) & set("+-*/") - set(self.config.operators):
             return 0.0
@@ -307,26 +307,27 @@ class Countdown:
         """What a policy must be able to do before RL can teach it to search: shares in 0..1, by the name of their gate.
 
         result: running results that are right; check_precision, check_recall: of `yes` against "the written value is the
-        target"; answer: right answers among traces that wrote the target. A share of nothing is 0.
+        target"; answer: right answers among traces that wrote the target. A share of nothing is 0. The value that is written
+        counts here; in `habits` it is what the attempt is worth.
         """
-        count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "hits", "solved", "answered"), 0)
+        count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "reached", "traces_reached", "answered"), 0)
         for problem, response, reward in zip(problems, responses, rewards):
-            solved = False
+            reached_once = False
             for _, value, steps, check in self.attempts(response):
                 for op, number, result in steps:
                     count["results"] += 1
                     count["right"] += _apply(op, Fraction(value), number) == result
                     value = result
-                hit = value == problem.target
-                count["hits"] += hit
+                reached = value == problem.target
+                count["reached"] += reached
                 count["yes"] += check == "yes"
-                count["true_yes"] += hit and check == "yes"
-                solved |= hit
-            count["solved"] += solved
-            count["answered"] += bool(solved and reward)
+                count["true_yes"] += reached and check == "yes"
+                reached_once |= reached
+            count["traces_reached"] += reached_once
+            count["answered"] += bool(reached_once and reward)
         share = lambda part, whole: count[part] / max(count[whole], 1)
         return {"result": share("right", "results"), "check_precision": share("true_yes", "yes"),
-                "check_recall": share("true_yes", "hits"), "answer": share("answered", "solved")}
+                "check_recall": share("true_yes", "reached"), "answer": share("answered", "traces_reached")}
 
     # --- Habits ---
 
@@ -363,8 +364,8 @@ class Countdown:
         attempts: per trace;  hit_rate: hits among the attempts before which the trace was unsolved;
         loops, repeats: of the attempts that follow a failure in an unsolved trace, those that propose what the one just before,
         or any one before, proposed already;  rechecks: attempts after the first hit, per solved trace;
-        stopped_unsolved: unsolved traces that ended their thinking with room for another attempt, among all unsolved ones;
-        fooled: among all unsolved ones those of them whose last attempt says `yes`, which is false.
+        stopped_unsolved: of the unsolved traces, those that stopped thinking with room for another attempt;
+        fooled: of the unsolved traces, those that did so right after a `yes`, a false one.
         """
         count: Counter[str] = Counter()
         for problem, response in zip(problems, responses):

@@ -101,16 +101,16 @@ class RunConfig:
 
     # algorithm (nanomrt/methods.py, nanomrt/mrt.py)
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
-    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO", 0)
-    gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
+    alpha: float = key(1.0, "of mrt_online, mrt and mrt_b: weight of the progress bonus; 0 is GRPO", 0)
+    gamma: float = key(0.0, "of mrt_online: discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
     J_discount: float = key(1.0, "of mrt_online and mrt: progress is J_discount · J after - J before", 0, 1)
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
     length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo", 1)
-    fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy", 0)
+    fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
-    progress_norm: str = key("mean_std", "progress: none, std (divided by it), mean, mean_std, group_std (centred in its group)")
+    progress_norm: str = key("mean_std", "progress: none, std (over its root mean square), mean (centred), mean_std, group_std")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     equal_groups: str = key("keep", "groups without any advantage, as of equal outcomes: keep, or skip (DAPO)")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low", 0, 1)
@@ -288,7 +288,7 @@ def run_name(path: str | Path, overrides: dict[str, str]) -> str:
 
 
 def complete(saved: dict[str, Any]) -> dict[str, Any]:
-    """Every key of a run that saved these values: one that it hasn't came later, and had its default's effect."""
+    """Every key of a run that saved these values. One that is missing there is younger: the run did what its default does."""
     return {name: saved.get(name, f.default) for name, f in KEYS.items()}
 
 

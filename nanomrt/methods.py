@@ -133,7 +133,7 @@ def prefix_form(model, task, problems, config, generator) -> Gathered:
     tokens = base.samples.generated + rollouts.samples.generated
     if config.decision_in_loss:
         decided = torch.zeros_like(rollouts.samples.is_action)
-        decided[:, 1] = torch.tensor(stopped, device=decided.device)
+        decided[:, 1] = torch.tensor(stopped, device=decided.device)  # after the token that was given again: the forced </think>
         rollouts = replace(rollouts, samples=replace(rollouts.samples, is_action=rollouts.samples.is_action | decided))
     row, position = [], []
     for r, start in enumerate(rollouts.prompt_length):

@@ -1,7 +1,8 @@
 """Meta Reinforcement Fine-Tuning: episodes, J, progress, credit and the loss, on flat packed tensors.
 
 A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer forced after episode j is right, estimated
-from m forced answers. Equations (numbers stand on the lines that compute them):
+from `forks` forced answers; by default from a single greedy one, so it is 0 or 1. Equations, whose numbers stand on the lines
+that compute them:
 
     (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
     (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d, `J_discount`, is ours
@@ -10,12 +11,13 @@ from m forced answers. Equations (numbers stand on the lines that compute them):
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
 
 alpha = 0 is (0), GRPO. What makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
-Progress is normalised over the batch, (progress - mean) / std: an episode that changes nothing has a price, the mean.
+Progress is normalised over the batch. Centred, as in the paper, an episode that changes nothing has a price, the mean;
+config/small.py does not centre, and charges 1 - d where the answer is known.
 Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
 
 The other members of the family stand beside it: each is one credit function (batch, episodes, config) -> A (N,), and
 `nanomrt/methods.py` says whose rollouts it reads.
-Dimension key: N packed tokens, B rollouts, E episodes of all rollouts, P prompts.
+Dimension key: N packed tokens, n actions of some rollouts, B rollouts, E episodes of all rollouts, P prompts, C thinking budget.
 """
 
 from dataclasses import dataclass
@@ -99,8 +101,8 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """
     _, group, size = prompt_id.unique(return_inverse=True, return_counts=True)
     mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size
-    # In fp64 the mean of equal rewards is that reward; in fp32 it may be off by rounding, and the std is then no larger.
-    centred = reward.double() - mean(reward.double())[group]
+    # In fp64 the mean of equal rewards is that reward. In fp32 it may be off by rounding, which a std as small would make 1.
+    centred = reward.double() - mean(reward.double())[group]  # (0)
     if norm == "mean_std":
         centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)
     if norm == "rloo":
@@ -122,7 +124,7 @@ def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     credit, rows = progress.tolist(), row.tolist()
     for j in reversed(range(len(credit) - 1)):
         if rows[j] == rows[j + 1]:
-            credit[j] += gamma * credit[j + 1]
+            credit[j] += gamma * credit[j + 1]  # (2)
     return torch.tensor(credit, dtype=progress.dtype, device=progress.device)
 
 
@@ -135,10 +137,11 @@ def normalise(progress: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """
     if norm == "none" or len(progress) == 0:
         return progress
-    centred = progress if norm == "std" else progress - progress.mean()
     if norm == "group_std":
-        centred = group_advantage(progress, prompt_id, "mean")
-    return centred if norm == "mean" else centred / (centred.square().mean().sqrt() + 1e-6)
+        progress = group_advantage(progress, prompt_id, "mean")
+    elif norm != "std":
+        progress = progress - progress.mean()
+    return progress if norm == "mean" else progress / (progress.square().mean().sqrt() + 1e-6)
 
 
 def spread(batch: Batch, episodes: Episodes, credit: Tensor) -> Tensor:
@@ -209,7 +212,7 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) 
 
 
 def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
-    """MRT's backtracking form: reward f + alpha · (f - J(z_1)) for all that follows the first attempt z_1, relative to the
+    """MRT's backtracking form: reward + alpha · (reward - J(z_1)) for all that follows the first attempt z_1, relative to the
     group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
     if episodes is None or config.alpha == 0:
         return outcome_credit(batch, episodes, config)
@@ -220,7 +223,8 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConf
 
 def value_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
-    itself. Summed over a rollout it is reward - V(c_0), the outcome; no other term. Kazemnejad et al., arXiv 2410.01679."""
+    itself. Over a rollout it sums to reward - V(c_0), the outcome, and no other term is needed. That is `progress_norm` none or
+    std; centred, every episode has a price as well. Kazemnejad et al., arXiv 2410.01679."""
     difference = normalise(episodes.progress(), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     return spread(batch, episodes, difference) * batch.is_action
 
@@ -301,7 +305,7 @@ def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> 
 def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor, low: float, high: float) -> Tensor:
     """(4), a scalar; every argument (n,). Its value is near 0 on policy, its gradient is REINFORCE's."""
     ratio = (logprob - old_logprob).exp()
-    return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)).sum()
+    return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)).sum()  # (4)
 
 
 def likelihood_loss(logprob: Tensor, advantage: Tensor, weight: Tensor) -> Tensor:

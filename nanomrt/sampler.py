@@ -374,14 +374,14 @@ def random_numbers(seed: Tensor, step: Tensor) -> Tensor:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The log-probabilities (R,V) that tokens are drawn from and recorded with. logits (R,V) fp32."""
+    """The log-probabilities (n,V) that tokens are drawn from and recorded with. logits (n,V) fp32."""
     if sampling.temperature == 0:
         return logits.log_softmax(dim=-1)
     return truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).log_softmax(dim=-1)
 
 
 def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """One token per row by inverting the cumulative distribution. logp (R,V), uniform (R,) -> ids (R,)."""
+    """One token per row by inverting the cumulative distribution. logp (n,V), uniform (n,) -> ids (n,)."""
     if sampling.temperature == 0:
         ids = logp.argmax(dim=-1)
     else:

@@ -52,8 +52,8 @@ STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned sud
 
 
 def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[torch.Tensor]:
-    """Train `model` in place; yields the loss of each step, (). Problems and traces are those of this stage. Whoever reads a loss
-    waits for the device, which else works while the next traces are written."""
+    """Train `model` in place; yields the loss of each step, (). Problems and traces are those of this stage. Reading a
+    loss waits for the device; while none is read, it works as the next traces are written."""
     device = model.device
     rng = random.Random(f"{config.seed}/{stage}")
     problems = task.draws("train", f"{config.seed}/{stage}")
@@ -69,19 +69,19 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
         tokens = torch.tensor([token for row in rows for token in row], device=device)  # (N,)
         packed = Packed.of(torch.tensor([len(row) for row in rows], device=device))
         weight = torch.tensor(weights, device=device)  # (N,)
-        learned = weight.nonzero().squeeze(1)  # never a sequence's first token
+        weighted = weight.nonzero().squeeze(1)  # never a sequence's first token
         hidden = model(tokens, packed.position_ids, packed)  # (N,C)
-        logprob, _ = kernels.token_logprobs(hidden[learned - 1], model.head, tokens[learned], 1.0)
-        loss = -(logprob * weight[learned]).sum() * scale
+        logprob, _ = kernels.token_logprobs(hidden[weighted - 1], model.head, tokens[weighted], 1.0)
+        loss = -(logprob * weight[weighted]).sum() * scale
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         done = step / config.warm_steps
-        decay = min(1.0, (step + 1) / 20, (1 - done) / 0.5)
+        share = min(1.0, (step + 1) / 20, (1 - done) / 0.5)  # of the peak rate: up over 20 steps, down over the second half
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, lr in zip(groups, peak):
-            group["lr"] = lr * decay
+            group["lr"] = lr * share
         with muon_precision(device):
             for optimizer in optimizers:
                 optimizer.step()

@@ -156,7 +156,7 @@ def test_the_interval_is_that_of_the_mean_of_seeds_and_problems():
     rng = np.random.default_rng(1)
     S, P, a, b = 40, 400, 0.05, 0.4
     x = {"right": rng.normal(0, a, (S, 1)) + rng.normal(0, b, (1, P))}
-    value, low, high = compare.bootstrap(lambda v: v["right"].mean(), x)
+    value, low, high = compare.interval(lambda v: v["right"].mean(), x)
     assert value == x["right"].mean()
     assert high - low == pytest.approx(2 * 1.96 * (a**2 / S + b**2 / P) ** 0.5, rel=0.15)
 
@@ -165,7 +165,7 @@ def test_a_paired_difference_does_not_see_what_both_arms_share():
     """The same seeds and problems are drawn for both: an arm that is better by .1 everywhere is better by .1 in every draw."""
     x = {"right": np.random.default_rng(0).random((3, 50))}
     better = {"right": x["right"] + 0.1}
-    difference = compare.bootstrap(lambda v, w: v["right"].mean() - w["right"].mean(), better, x)
+    difference = compare.interval(lambda v, w: v["right"].mean() - w["right"].mean(), better, x)
     assert difference == pytest.approx((0.1, 0.1, 0.1))
 
 
@@ -176,6 +176,12 @@ def test_habits_that_an_older_run_does_not_know_are_left_out():
     assert "fooled" in habits({"mrt": newer}) and "0.50 |" in habits({"mrt": newer})
     for arms in ({"grpo": GRPO, "mrt": newer}, {"mrt": newer, "grpo": GRPO}):
         assert "fooled" not in habits(arms) and "| attempts | loops |" in habits(arms)
+
+
+def test_what_the_warm_start_can_do_out_of_distribution_is_shown_where_it_was_measured():
+    known = [dict(run, ood_start={"right": [0.25, 0.25]}) for run in GRPO]
+    harder = lambda runs: next(row for row in compare.tables({"grpo": runs}).splitlines() if "warm start" in row).split(" | ")[5]
+    assert harder(known) == "0.250 [0.250 0.250]" and harder([known[0], GRPO[1]]).strip() == ""
 
 
 def test_the_tables_say_what_the_runs_say():
@@ -250,7 +256,7 @@ def test_runs_wait_for_the_warm_start_that_is_theirs(tmp_path):
     assert starts[0] == starts[1] != starts[2]
     elsewhere = job("grpo", init_from="somewhere")
     assert compare.shared_start(elsewhere) == Path("somewhere")
-    compare.warm_start(elsewhere)
+    compare.train_warm_start(elsewhere)
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +274,7 @@ def begun(monkeypatch) -> list[str]:
             raise FAILURES[job.arm]
 
     monkeypatch.setattr(compare, "run_job", run_job)
-    monkeypatch.setattr(compare, "warm_start", lambda job: None)
+    monkeypatch.setattr(compare, "train_warm_start", lambda job: None)
     monkeypatch.setattr(compare, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
     return begun
 
@@ -363,6 +369,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("warm-*"))) == 1
     saved = json.loads(next(folder.glob("anytime-seed=0-*.json")).read_text())
     assert [point["step"] for point in saved["points"]] == [0, 1, 2] and len(saved["points"][0]["per_problem"]["right"]) == 4
+    assert len(saved["ood_start"]["right"]) == len(saved["ood"]["right"]) == 4
     tokens = [point["tokens"] for point in saved["points"]]
     assert tokens[0] == 0 < tokens[1] < tokens[2] and saved["commit"] and saved["config"]["seed"] == 0
     table = next(folder.glob("comparison-*.md"))

@@ -371,12 +371,12 @@ def test_the_kl_pulls_to_the_reference(model, on_policy, tmp_path, estimator):
     assert same(pull, update_gradient(model, batch, 0.3 * delta, tmp_path, algorithm="grpo"))
 
 
-def test_k1_is_a_price_in_the_reward(model, on_policy, monkeypatch):
+def test_k1_is_a_price_in_the_reward(on_policy):
     """Each rollout pays coef times its summed log-ratio to the reference."""
     batch, delta = on_policy
     config = replace(load_config(ROOT / "config/tiny.py"), kl_coef=0.3, kl_estimator="k1_reward")
-    monkeypatch.setattr(train, "rescore", lambda model, batch, config: batch.logprob - delta)
-    priced, _ = train.with_reference(batch, model, config)
+    priced = train.with_k1_penalty(batch, batch.logprob - delta, config)
+    assert train.with_k1_penalty(batch, batch.logprob - delta, replace(config, kl_estimator="k2")) is batch
     sums = torch.stack([part.sum() for part in delta.split(batch.lengths.tolist())])
     torch.testing.assert_close(priced.reward, batch.reward - 0.3 * sums)
 
