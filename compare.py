@@ -8,37 +8,28 @@ An arm is an algorithm, or the name of a config file beside this one (`small_grp
 (`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all. --labels "GRPO,MRT" renames the arms
 in tables and figures. Runs of one seed share their warm start, unless an arm's keys give it another: the row `warm start` is the
 baseline's, and a gain is over the arm's own. Every finished run is one file in results/<config's name>/: what has one isn't
-trained again (if its config was another, a warning says so), and an interrupted run goes on where it was. Methods are compared
-three ways, because they spend differently:
+trained again (if its config was another, a warning says so), and an interrupted run goes on where it was.
 
-    equal steps     after all steps
-    equal tokens    when as many tokens have been sampled, forks included, as the baseline samples in all its steps
-    equal time      when as much time has been spent; on a CPU that is the process's own CPU time, on one thread
-
-Between two checkpoints values are interpolated linearly. An arm that never gets so far is shown at its end. Intervals are 95 %
-bootstrap intervals over seeds and problems, both drawn with replacement; a difference is paired: same seeds, same problems.
+What is compared, and how sure it is: nanomrt/comparison.py.
 """
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
-import numpy as np
-
 import train
 from data.countdown import Countdown
-from evaluate import COLOURS, distinct, evaluate_policy
-from nanomrt import checkpoint, report
+from evaluate import distinct, evaluate_policy
+from nanomrt import checkpoint, comparison, report
 from nanomrt.config import (
     ALGORITHMS,
     KEYS,
@@ -53,11 +44,9 @@ from nanomrt.config import (
     read_config,
     run_name,
 )
-from nanomrt.metrics import ratio
 from nanomrt.run import choose_device, device_of
 from nanomrt.warmstart import cached_warm_start, warm_folder
 
-RESAMPLES = 1000
 TAKEN = {  # keys with a place of their own, and which
     "seed": "--seeds says which, and --seeds=4, is seed 4 alone",
     "algorithm": "name it in --algorithms, as an arm",
@@ -110,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms: dict[str, list[dict]] = {}
     for job in jobs:
         arms.setdefault(labels[names.index(job.arm)], []).append(json.loads(job.result.read_text()))
-    text = tables(arms)
+    text = comparison.tables(arms)
     print(text)
     name = f"{args.name}{jobs[0].setting}"
     (folder / f"{name}.md").write_text(text + "\n")
-    for kind, draw in (("curves", curves_figure), ("budget", budgets_figure), ("frontier", frontier_figure)):
+    for kind, draw in comparison.FIGURES.items():
         draw(folder / f"{name}-{kind}.png", arms)
-    print(f"\n{folder}: {name}.md, {name}-curves.png, {name}-budget.png, {name}-frontier.png")
+    print(f"\n{folder}: {name}.md, {', '.join(f'{name}-{kind}.png' for kind in comparison.FIGURES)}")
     return 0
 
 
@@ -300,233 +289,6 @@ def evaluated(job: Job) -> dict:
                        "habits": section["habits"], "per_problem": section["per_problem"]})
     harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", step))}
     return {"arm": job.arm, **made, "points": points, **harder}
-
-
-# --- Reading: what a comparison says ---
-
-Values = dict[str, np.ndarray]  # of one arm: a name -> (seeds, problems)
-METRICS: dict[str, tuple[Callable[[Values], float], int]] = {  # name: (statistic, digits)
-    "accuracy": (lambda v: v["right"].mean(), 3),
-    "tokens per right answer": (lambda v: ratio(np.stack([v["tokens"].ravel(), v["right"].ravel()], 1)), 1),
-}
-AXES = {"step": ("Equal steps", "steps"), "tokens": ("Equal tokens", "sampled tokens"), "seconds": ("Equal time", "seconds")}
-
-
-def metrics_of(run: dict) -> dict[str, tuple[Callable[[Values], float], int]]:
-    """METRICS, and the regret to each horizon that was measured, which is the same for all runs."""
-    regrets = [name for name in run["points"][0]["per_problem"] if name.startswith("regret")]
-    return METRICS | {name: (lambda v, name=name: v[name].mean(), 3) for name in regrets}
-
-
-def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
-    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before."""
-    rows = []
-    for run in runs:
-        points = run["points"]
-        x = [point[axis] for point in points]
-        b = min(int(np.searchsorted(x, place)), len(x) - 1)
-        a, share = max(b - 1, 0), 1.0
-        if 0 < b and place < x[b]:
-            share = (place - x[a]) / (x[b] - x[a])
-        rows.append({name: (1 - share) * np.array(points[a]["per_problem"][name]) + share * np.array(values)
-                     for name, values in points[b]["per_problem"].items()})
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
-    """Value and 95 % interval of a statistic of one or more arms: seeds and problems are drawn with replacement, the same ones
-    for every arm. The arms must have the same seeds."""
-    rng = np.random.default_rng(0)
-    S, P = next(iter(arms[0].values())).shape
-    drawn = []
-    for _ in range(RESAMPLES):
-        seeds, problems = rng.integers(S, size=S), rng.integers(P, size=P)
-        drawn.append(statistic(*({name: x[seeds][:, problems] for name, x in arm.items()} for arm in arms)))
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
-    return float(statistic(*arms)), float(low), float(high)
-
-
-def tables(arms: dict[str, list[dict]]) -> str:
-    """Markdown: each arm at equal steps, tokens and time, its differences from the first one, what it knows when it is stopped
-    early, and how it searches."""
-    baseline, *others = arms
-    metrics = metrics_of(arms[baseline][0])
-    end = {axis: float(np.mean([run["points"][-1][axis] for run in arms[baseline]])) for axis in AXES}
-    text = []
-    for axis, (title, unit) in AXES.items():
-        if not end[axis]:
-            text.append(f"### {title}\n\n{baseline} has no {unit} that another arm could be equal to.")
-            continue
-        rows = [["warm start", *values_row(arms[baseline], axis, 0, metrics)]]
-        rows += [[arm, *values_row(runs, axis, end[axis], metrics)] for arm, runs in arms.items()]
-        text.append(table(f"{title}: {end[axis]:,.0f} {unit}",
-                          ["method", "seeds", *metrics, "accuracy, OOD", "steps", "tokens", "seconds"], rows))
-    devices = sorted({run["device"] for runs in arms.values() for run in runs})
-    if len(devices) > 1:
-        text.append(f"Warning: times can't be compared, they are those of {' and '.join(devices)}.")
-    rows = [row for arm in others for row in difference_rows(arm, arms[arm], arms[baseline], end, metrics)]
-    text.append(table(f"Differences from {baseline}",
-                      ["method", "at equal", *metrics, "accuracy, OOD", "gain in accuracy, times"], rows))
-    curves = {arm: [run["points"][at]["curve"] for run in runs] for arm, at, runs, _ in ends(arms)}
-    text.append(table("Accuracy when stopped after so many thinking tokens, after all steps",
-                      ["method", *(f"{budget:.0f}" for budget, _ in curves[baseline][0])],
-                      [[arm, *(f"{J:.3f}" for J in np.mean(of, axis=0)[:, 1])] for arm, of in curves.items()]))
-    habits = {arm: [run["points"][at]["habits"] for run in runs] for arm, at, runs, _ in ends(arms)}
-    first, *later = sum(habits.values(), [])
-    names = [name for name in first if all(name in other for other in later)]  # runs of an older commit know fewer
-    text.append(table("Habits after all steps", ["method", *names],
-                      [[arm, *(f"{np.mean([seed[name] for seed in of]):.2f}" for name in names)] for arm, of in habits.items()]))
-    return "\n\n".join(text)
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
-    return "\n".join([f"### {title}", "", lines[0], "|" + "---|" * len(columns), *lines[1:]])
-
-
-def values_row(runs: Sequence[dict], axis: str, place: float, metrics: dict) -> list[str]:
-    """An arm where it has spent so much, after its name. OOD problems are answered at the start and after all steps only, and by
-    runs of an older commit after all steps."""
-    values, which = values_at(runs, axis, place), "ood" if place else "ood_start"
-    measured = axis == "step" and all(which in run for run in runs)
-    harder = cell(METRICS["accuracy"], out_of_distribution(runs, which)) if measured else ""
-    spent = [np.mean([spent_at(run, axis, place, other) for run in runs]) for other in AXES]
-    return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), harder, *(f"{x:,.0f}" for x in spent)]
-
-
-def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], end: dict[str, float],
-                    metrics: dict) -> Iterator[list[str]]:
-    """An arm against the baseline, paired by seeds, where the baseline ends on each axis."""
-    pairs = [(a, b) for a in runs for b in baseline if a["config"]["seed"] == b["config"]["seed"]]
-    if not pairs:
-        yield [arm, "no seed in common", *[""] * (len(metrics) + 2)]
-        return
-    mine, theirs = zip(*pairs)
-    for axis in filter(end.get, AXES):
-        a, a_start, b, b_start = (values_at(of, axis, place) for of in (mine, theirs) for place in (end[axis], 0))
-        harder = map(out_of_distribution, (mine, theirs))
-        yield [arm, AXES[axis][1], *(cell(difference(metric), a, b, sign="+") for metric in metrics.values()),
-               cell(difference(METRICS["accuracy"]), *harder, sign="+") if axis == "step" else "",
-               cell((gains, 2), a, a_start, b, b_start)]
-
-
-def out_of_distribution(runs: Sequence[dict], which: str = "ood") -> Values:
-    return {"right": np.stack([np.array(run[which]["right"]) for run in runs])}
-
-
-def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[[Values, Values], float], int]:
-    """Of a metric of two arms."""
-    statistic, digits = metric
-    return lambda mine, theirs: statistic(mine) - statistic(theirs), digits
-
-
-def gains(mine: Values, my_start: Values, theirs: Values, their_start: Values) -> float:
-    """How many times as much accuracy one arm has gained, each since its own start, as another; of a gain that is none, inf."""
-    a, a_start, b, b_start = (values["right"].mean() for values in (mine, my_start, theirs, their_start))
-    return (a - a_start) / (b - b_start) if b > b_start else math.inf
-
-
-def spent_at(run: dict, axis: str, place: float, other: str) -> float:
-    """How much of `other` a run has spent where `axis` is `place`."""
-    points = run["points"]
-    return float(np.interp(place, [point[axis] for point in points], [point[other] for point in points]))
-
-
-def cell(metric: tuple[Callable[..., float], int], *arms: Values, sign: str = "") -> str:
-    statistic, digits = metric
-    value, low, high = interval(statistic, *arms)
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
-
-
-# --- Figures ---
-
-
-def look(i: int) -> tuple[str, str, str]:
-    """Colour, dashes and marker of the i-th arm."""
-    again = i // len(COLOURS)
-    return COLOURS[i % len(COLOURS)], ("-", "--", ":")[again % 3], "os^"[again % 3]
-
-
-def ends(arms: dict[str, list[dict]]) -> Iterator[tuple[str, int, list[dict], tuple[str, str, str]]]:
-    """(label, which point of its runs, runs, look): the warm start, and every arm after all steps."""
-    yield "warm start", 0, next(iter(arms.values())), ("0.5", "-", "o")
-    for i, (arm, runs) in enumerate(arms.items()):
-        yield arm, -1, runs, look(i)
-
-
-def learning_curves(runs: Sequence[dict], axis: str, statistic: Callable[[Values], float]) -> tuple[np.ndarray, np.ndarray]:
-    """What each run of an arm has spent and the statistic, at every step where any of them was measured: two (steps, seeds)."""
-    steps = sorted({point["step"] for run in runs for point in run["points"]})
-    return (np.array([[spent_at(run, "step", step, axis) for run in runs] for step in steps]),
-            np.array([[statistic(values_at([run], "step", step)) for run in runs] for step in steps]))
-
-
-def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
-    figure = report.blank_figure(13, 6)
-    axes = figure.subplots(2, 3, sharey="row")
-    for i, (arm, runs) in enumerate(arms.items()):
-        colour, dashes, marker = look(i)
-        for row, (statistic, _) in enumerate(METRICS.values()):
-            for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
-                x, y = learning_curves(runs, axis, statistic)
-                axes[row, column].plot(x / unit, y, color=colour, alpha=0.2, linewidth=0.8)
-                axes[row, column].plot(x.mean(1) / unit, y.mean(1), dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
-                                       markersize=3)
-    for column, label in enumerate(("steps", "sampled tokens, forks included, millions", "seconds")):
-        axes[1, column].set_xlabel(label)
-    for row, name in enumerate(METRICS):
-        axes[row, 0].set_ylabel(name)
-    axes[1, 0].set_yscale("log")
-    for panel in axes[1]:
-        panel.yaxis.set_major_formatter("{x:.0f}")
-        panel.yaxis.set_minor_formatter("{x:.0f}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """J(b) of every arm at its end: the mean over seeds, and with few arms a band from the lowest seed to the highest. The star:
-    where it stops by itself, on average."""
-    many = len(arms) > 4
-    figure = report.blank_figure(10 if many else 7.5, 4.5)
-    axes = figure.subplots()
-    for label, at, runs, (colour, dashes, marker) in ends(arms):
-        curves = np.array([run["points"][at]["curve"] for run in runs])  # (seeds, budgets, 2)
-        budget, J = curves[0, :, 0], curves[:, :, 1]
-        axes.plot(budget, J.mean(0), dashes, color=colour, label=label, linewidth=1.8, marker=marker, markersize=3)
-        if not many:
-            axes.fill_between(budget, J.min(0), J.max(0), color=colour, alpha=0.12, linewidth=0)
-        stops = [(run["points"][at]["thinking_tokens"], np.mean(run["points"][at]["per_problem"]["right"])) for run in runs]
-        axes.plot(*np.mean(stops, axis=0), "*", color=colour, markersize=15, markeredgecolor="white")
-    axes.plot([], [], "*", color="0.4", markersize=11, label="stops by itself: mean tokens, accuracy")
-    axes.axvline(runs[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
-    axes.set(xlabel="thinking budget b, tokens (dotted: the training budget)", ylabel="accuracy of an answer forced at b, J(b)",
-             ylim=(0, None), xlim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    if many:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    else:
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """What an arm ends with: accuracy against the price of a right answer, both with their intervals. Better is up and left."""
-    figure = report.blank_figure(8.5, 4.5)
-    axes = figure.subplots()
-    for label, at, runs, (colour, _, marker) in ends(arms):
-        values = values_at(runs, "step", runs[0]["points"][at]["step"])
-        (y, *ys), (x, *xs) = (interval(statistic, values) for statistic, _ in METRICS.values())
-        axes.plot(xs, [y, y], color=colour, alpha=0.35, linewidth=1)
-        axes.plot([x, x], ys, color=colour, alpha=0.35, linewidth=1)
-        axes.plot(x, y, marker, color=colour, markersize=7, label=label)
-    axes.set(xlabel="tokens per right answer", ylabel="accuracy")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from nanomrt.verifier import cached_verifier
 ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
 ROWS = 512  # rollouts sampled at a time: bounds the memory, does not change what is estimated
 VOTES = 4  # p of [maj@p]_j
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,7 +275,7 @@ def budget_figure(path: Path, sections: dict[str, dict]) -> None:
     """Accuracy against thinking budget, runs overlaid: stopped (solid, its regret shaded) and forced to go on (dashed)."""
     figure = report.blank_figure(7.5, 4.5)
     axes = figure.subplots()
-    for (label, section), colour in zip(sections.items(), COLOURS * (1 + len(sections) // len(COLOURS))):
+    for (label, section), colour in zip(sections.items(), report.COLOURS * (1 + len(sections) // len(report.COLOURS))):
         for name, style, text in (("budget_curve", "-", label), ("extrapolation", "--", None)):
             if name not in section:
                 continue  # a brief section
@@ -305,7 +304,7 @@ def search_figure(path: Path, section: dict, budget_curve: Sequence[dict]) -> No
     axes = figure.subplots()
     methods = {name: list(by_n.values()) for name, by_n in section["methods"].items()}
     alone = [{"tokens": row["tokens"], "accuracy": row["J"]} for row in budget_curve]
-    for (name, points), colour in zip({"the policy alone, stopped": alone, **methods}.items(), ("#000000", *COLOURS)):
+    for (name, points), colour in zip({"the policy alone, stopped": alone, **methods}.items(), ("#000000", *report.COLOURS)):
         tokens = [point["tokens"] for point in points]
         value, low, high = ([point["accuracy"][key] for point in points] for key in ("value", "low", "high"))
         axes.plot(tokens, value, "--" if name == "oracle" else "-", color=colour, label=name.replace("_", " "), linewidth=1.8,

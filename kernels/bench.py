@@ -44,10 +44,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from evaluate import COLOURS
 from kernels import reference
 from nanomrt.config import UserError
-from nanomrt.report import blank_figure, write_json
+from nanomrt.report import COLOURS, blank_figure, write_json
 from nanomrt.run import commit
 
 FLUSH = 256 * 1024**2  # bytes written before each measurement: several times the L2 of any GPU so far

@@ -14,6 +14,7 @@ from pathlib import Path
 from nanomrt.config import UserError
 from nanomrt.files import replace_text
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of lines and bars: Okabe and Ito's
 GOOD, BAD, FLAT = "28, 130, 190", "213, 94, 0", "128, 128, 128"  # blue, orange, grey: apart for every kind of eye
 
 

@@ -1,7 +1,6 @@
-"""compare.py: arms and jobs, values between checkpoints, intervals, tables, and one whole comparison of tiny runs."""
+"""compare.py: arms and jobs, the queue of runs, and one whole comparison of tiny ones."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -9,29 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import compare
+from nanomrt import comparison
 from nanomrt.config import UserError, load_config, parse_overrides, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
         "--num_hidden_layers=1", "--device=cpu"]
-
-
-def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[float]]) -> dict:
-    """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
-    config, ood = {"seed": seed, "thinking_budget": 10}, {"right": points[-1][3]}
-    return {"arm": arm, "config": config, "device": "CPU", "ood": ood, "points": [
-        {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]],
-         "habits": {"attempts": step / 10, "loops": 0.25},
-         "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
-        for step, tokens, seconds, right, spent in points]}
-
-
-GRPO = [run("grpo", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 100, 4.0, [1.0, 0.0], [20.0, 40.0])) for seed in (0, 1)]
-MRT = [run("mrt", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 200, 2.0, [1.0, 1.0], [20.0, 20.0])) for seed in (0, 1)]
 
 
 def test_an_arm_is_an_algorithm_with_keys_of_its_own():
@@ -134,112 +119,6 @@ def test_results_that_cannot_be_compared_are_not_added_to(tmp_path, monkeypatch,
     assert "mrt-seed=0.json was made with eval_problems=7; remove it" in capsys.readouterr().err
 
 
-def test_values_between_checkpoints_are_interpolated():
-    """Half way in tokens, half way in everything; beyond the end, the end; at 0, the warm start."""
-    half = compare.values_at(MRT, "tokens", 100)
-    assert half["right"].tolist() == [[0.5, 0.5]] * 2 and half["tokens"].tolist() == [[15.0, 15.0]] * 2
-    assert compare.values_at(MRT, "tokens", 1e9)["right"].tolist() == [[1.0, 1.0]] * 2
-    assert compare.values_at(MRT, "step", 0)["right"].tolist() == [[0.0, 0.0]] * 2
-    assert compare.values_at(MRT, "step", 10)["right"].tolist() == [[1.0, 1.0]] * 2
-    assert compare.spent_at(MRT[0], "seconds", 1.0, "tokens") == 100
-
-
-def test_tokens_per_right_answer_is_a_ratio_of_totals():
-    """Not a mean of ratios: a problem that is never solved would make that infinite."""
-    statistic, _ = compare.METRICS["tokens per right answer"]
-    assert statistic(compare.values_at(GRPO, "step", 10)) == 60.0
-    assert statistic(compare.values_at(GRPO, "step", 0)) == float("inf")
-
-
-def test_the_interval_is_that_of_the_mean_of_seeds_and_problems():
-    """Of independent seeds and problems with effects of std a and b, the mean's std is sqrt(a²/S + b²/P)."""
-    rng = np.random.default_rng(1)
-    S, P, a, b = 40, 400, 0.05, 0.4
-    x = {"right": rng.normal(0, a, (S, 1)) + rng.normal(0, b, (1, P))}
-    value, low, high = compare.interval(lambda v: v["right"].mean(), x)
-    assert value == x["right"].mean()
-    assert high - low == pytest.approx(2 * 1.96 * (a**2 / S + b**2 / P) ** 0.5, rel=0.15)
-
-
-def test_a_paired_difference_does_not_see_what_both_arms_share():
-    """The same seeds and problems are drawn for both: an arm that is better by .1 everywhere is better by .1 in every draw."""
-    x = {"right": np.random.default_rng(0).random((3, 50))}
-    better = {"right": x["right"] + 0.1}
-    difference = compare.interval(lambda v, w: v["right"].mean() - w["right"].mean(), better, x)
-    assert difference == pytest.approx((0.1, 0.1, 0.1))
-
-
-def test_habits_that_an_older_run_does_not_know_are_left_out():
-    """Beside a run of before `fooled` was measured, nobody's is shown."""
-    newer = [dict(run, points=[dict(point, habits=point["habits"] | {"fooled": 0.5}) for point in run["points"]]) for run in MRT]
-    habits = lambda arms: compare.tables(arms).split("### Habits after all steps")[1]
-    assert "fooled" in habits({"mrt": newer}) and "0.50 |" in habits({"mrt": newer})
-    for arms in ({"grpo": GRPO, "mrt": newer}, {"mrt": newer, "grpo": GRPO}):
-        assert "fooled" not in habits(arms) and "| attempts | loops |" in habits(arms)
-
-
-def test_what_the_warm_start_can_do_out_of_distribution_is_shown_where_it_was_measured():
-    known = [dict(run, ood_start={"right": [0.25, 0.25]}) for run in GRPO]
-    harder = lambda runs: next(row for row in compare.tables({"grpo": runs}).splitlines() if "warm start" in row).split(" | ")[5]
-    assert harder(known) == "0.250 [0.250 0.250]" and harder([known[0], GRPO[1]]).strip() == ""
-
-
-def test_the_tables_say_what_the_runs_say():
-    """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
-    text = compare.tables({"grpo": GRPO, "mrt": MRT})
-    steps, tokens, seconds, differences, budgets, habits = text.split("###")[1:]
-    rows = lambda part, arm: [row.split(" | ") for row in part.splitlines() if row.startswith(f"| {arm} |")]
-    assert rows(steps, "mrt")[0][2].startswith("1.000") and rows(tokens, "mrt")[0][2].startswith("0.500")
-    assert rows(seconds, "mrt")[0][2].startswith("1.000") and "100 sampled tokens" in tokens and "4 seconds" in seconds
-    assert [row[2].split()[0] for row in rows(differences, "mrt")] == ["+0.500", "+0.000", "+0.500"]
-    assert [rows(habits, arm)[0][1:] for arm in ("warm start", "mrt")] == [["0.00", "0.25 |"], ["1.00", "0.25 |"]]
-    assert [row[-1].split()[0] for row in rows(differences, "mrt")] == ["2.00", "1.00", "2.00"]  # GRPO gains .5
-    assert "| method | 0 | 10 |" in budgets and rows(budgets, "mrt")[0][1:] == ["0.100", "0.500 |"]
-    assert not rows(differences, "grpo") and len(rows(steps, "warm start")) == 1
-
-
-def test_of_a_baseline_that_gains_nothing_no_gain_is_a_multiple():
-    start, end = (compare.values_at(MRT, "step", place) for place in (0, 10))
-    assert compare.gains(end, start, start, start) == math.inf and compare.gains(start, start, end, start) == 0
-
-
-def test_an_arm_gains_over_its_own_start():
-    """From .5 to 1 it has gained as much as the baseline from 0 to .5, though it ends .5 ahead."""
-    ahead = [run("mrt", seed, (0, 0, 0.0, [1.0, 0.0], [9.0, 9.0]), (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0])) for seed in (0, 1)]
-    row = compare.tables({"grpo": GRPO, "mrt": ahead}).split("### Differences")[1].splitlines()[4]
-    assert "+0.500 [" in row and "| 1.00 [" in row
-
-
-def test_nothing_is_equal_to_no_tokens():
-    """A supervised baseline samples nothing: no table, no differences there, and a line that says why."""
-    sft = [dict(run, points=[dict(point, tokens=0) for point in run["points"]]) for run in GRPO]
-    text = compare.tables({"sft": sft, "mrt": MRT})
-    _, tokens, seconds, differences, *_ = text.split("###")[1:]
-    assert tokens == " Equal tokens\n\nsft has no sampled tokens that another arm could be equal to.\n\n"
-    assert "| mrt |" in seconds and "| mrt | steps |" in differences and "| mrt | sampled tokens |" not in differences
-
-
-def test_times_of_different_devices_are_shown_with_a_warning():
-    """One line, and only then."""
-    warning = "Warning: times can't be compared, they are those of CPU and H100."
-    assert warning in compare.tables({"grpo": GRPO, "mrt": [dict(run, device="H100") for run in MRT]})
-    assert "Warning" not in compare.tables({"grpo": GRPO, "mrt": MRT})
-
-
-def test_curves_of_runs_with_different_checkpoints_meet_at_every_step():
-    """Where one was measured and another wasn't, that one is interpolated."""
-    often = run("grpo", 1, (0, 0, 0.0, [0.0, 0.0], [9.0, 9.0]), (4, 70, 1.0, [1.0, 0.0], [9.0, 9.0]),
-                (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0]))
-    x, y = compare.learning_curves([GRPO[0], often], "tokens", lambda values: values["right"].mean())
-    assert x.tolist() == [[0, 0], [40, 70], [100, 100]] and y.tolist() == [[0, 0], [0.2, 0.5], [0.5, 1]]
-
-
-def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():
-    """It is in the tables of values; what can't be paired isn't compared."""
-    differences = compare.tables({"grpo": GRPO[:1], "mrt": MRT[1:]}).split("###")[4]
-    assert "| mrt | no seed in common |  |  |" in differences
-
-
 def test_a_report_has_the_baseline_that_was_named(tmp_path):
     """Or else the next arm would silently take its place."""
     folder = tmp_path / "tiny"
@@ -322,9 +201,8 @@ def test_a_result_of_another_config_is_not_shown_as_one_of_this(tmp_path, monkey
     job = compare.Job.of(Path("config/tiny.py"), "grpo", 0, {}, tmp_path / "tiny", "test")
     job.result.parent.mkdir()
     job.result.write_text(json.dumps({"config": asdict(replace(job.config, steps=7, threads=2))}))
-    monkeypatch.setattr(compare, "tables", lambda arms: "the tables")
-    for figure in ("curves_figure", "budgets_figure", "frontier_figure"):
-        monkeypatch.setattr(compare, figure, lambda *_: None)
+    monkeypatch.setattr(comparison, "tables", lambda arms: "the tables")
+    monkeypatch.setattr(comparison, "FIGURES", {})
     assert compare.main(["config/tiny.py", "--algorithms=grpo", "--seeds=1", "--report", f"--results={tmp_path}"]) == 0
     shown = capsys.readouterr()
     assert "grpo-seed=0.json was made with steps=7; remove it" in shown.err and "the tables" in shown.out
@@ -361,7 +239,7 @@ def test_the_runs_of_a_killed_comparison_end(tmp_path):
 def test_a_whole_comparison(tmp_path, monkeypatch):
     """Trains two arms from one warm start, writes a file for each and a table; a second call trains nothing and says the same."""
     monkeypatch.chdir(Path(compare.__file__).parent)
-    monkeypatch.setattr(compare, "RESAMPLES", 20)
+    monkeypatch.setattr(comparison, "RESAMPLES", 20)
     command = ["config/tiny.py", "--algorithms", "grpo,anytime", "--seeds", "1", "--results", str(tmp_path / "results"),
                "--labels", "GRPO, Any time", "--jobs", "2", f"--out_dir={tmp_path / 'out'}", *FAST]
     assert compare.main(command) == 0
@@ -376,8 +254,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     before = table.read_text()
     assert "| GRPO | 1 |" in before and "| Any time | steps |" in before and "Differences from GRPO" in before
     assert all(len(list(folder.glob(f"comparison-*-{kind}.png"))) == 1 for kind in ("curves", "budget", "frontier"))
-    for name in ("curves_figure", "budgets_figure", "frontier_figure"):  # slow, and drawn once already
-        monkeypatch.setattr(compare, name, lambda path, arms: None)
+    monkeypatch.setattr(comparison, "FIGURES", {})  # slow, and drawn once already
     monkeypatch.setattr(compare, "run_job", None)
     assert compare.main(command) == 0 and table.read_text() == before
     assert compare.main([*command, "--report", "--seeds", "2", "--name", "other"]) == 0  # of what is there, which is seed 0
