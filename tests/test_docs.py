@@ -6,10 +6,13 @@ import re
 import tokenize
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from nanomrt.config import ALGORITHMS
+from nanomrt import methods, mrt
+from nanomrt.config import ALGORITHMS, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +65,20 @@ def test_the_family_is_listed():
     """Every algorithm has its place in the README's table."""
     table = README[README.index("### The family\n") : README.index("A new credit-assignment idea")]
     assert set(re.findall(r"`(\w+)`", table.split("\n", 6)[-1])) >= set(ALGORITHMS)
+
+
+def test_the_example_of_a_new_method_works():
+    """The README's function credits a hand-made trace of three episodes: one that fails, one that finds, one that checks."""
+    code, row = re.search(r"```python\n(def .*?)\n\n(.*?)\n```", README, flags=re.DOTALL).groups()
+    there = dict(vars(mrt))
+    exec(code, there)
+    token, first, start = torch.arange(7), torch.zeros(1).long(), torch.tensor([1, 3, 5])
+    batch = mrt.Batch(token, first + 7, token > 0, 0.0 * token, first + 1.0, first, first == 0)
+    episodes = mrt.Episodes(first.repeat(3), start, start + 2, torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 1.0]))
+    credit = there["first_hit_credit"](batch, episodes, RunConfig(alpha=0.5))
+    assert credit.tolist() == [0, 0, 0, 0.5, 0.5, -0.5, -0.5]
+    name, method = eval(f"{{{row}\n}}", vars(methods) | {"mrt": SimpleNamespace(**there)}).popitem()
+    assert name == "first_hit" and method.gather is methods.traces_with_J and method.credit is there["first_hit_credit"]
 
 
 def test_quoted_configurations_exist():
