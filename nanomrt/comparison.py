@@ -8,8 +8,8 @@ Methods are compared three ways, because they spend differently:
     equal time      when as much time has been spent; on a CPU that is the process's own CPU time, on one thread
 
 Between two checkpoints values are interpolated linearly. An arm that never gets so far is shown at its end. Intervals are 95 %
-bootstrap intervals over seeds and problems, both drawn with replacement; a difference is paired: same seeds, same problems. With
-two or three seeds such an interval is too narrow.
+bootstrap intervals over seeds and problems, both drawn with replacement; a difference is paired: same seeds, same problems. Of S
+seeds S - 1 are drawn: to draw S would make the variance between seeds too small by 1/S, with two seeds by half (Rao and Wu).
 """
 
 import math
@@ -59,7 +59,7 @@ def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, flo
     S, P = next(iter(arms[0].values())).shape
     drawn = []
     for _ in range(RESAMPLES):
-        seeds, problems = rng.integers(S, size=S), rng.integers(P, size=P)
+        seeds, problems = rng.integers(S, size=max(S - 1, 1)), rng.integers(P, size=P)
         drawn.append(statistic(*({name: x[seeds][:, problems] for name, x in arm.items()} for arm in arms)))
     low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
     return float(statistic(*arms)), float(low), float(high)

@@ -49,6 +49,17 @@ def test_the_interval_is_that_of_the_mean_of_seeds_and_problems():
     assert high - low == pytest.approx(2 * 1.96 * (a**2 / S + b**2 / P) ** 0.5, rel=0.15)
 
 
+@pytest.mark.parametrize("S", [2, 3, 5])
+def test_few_seeds_do_not_look_surer_than_they_are(S, monkeypatch):
+    """The mean of S seeds has variance 1/S, and so have the resamples, on average over what the seeds could have been."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 50)
+    rng, means = np.random.default_rng(2), []
+    for _ in range(200):
+        comparison.interval(lambda v: means.append(v["right"].mean()) or 0.0, {"right": rng.normal(0, 1, (S, 1))})
+    resampled = np.reshape(means, (200, 51))[:, :-1]  # the last one is that of all seeds
+    assert resampled.var(axis=1).mean() == pytest.approx(1 / S, rel=0.15)
+
+
 def test_a_paired_difference_does_not_see_what_both_arms_share():
     """The same seeds and problems are drawn for both: an arm that is better by .1 everywhere is better by .1 in every draw."""
     x = {"right": np.random.default_rng(0).random((3, 50))}
