@@ -22,6 +22,12 @@ GRPO = [run("grpo", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 100, 4.0, 
 MRT = [run("mrt", seed, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 200, 2.0, [1.0, 1.0], [20.0, 20.0])) for seed in (0, 1)]
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Enough for tables whose values are looked at, and not their intervals."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 10)
+
+
 def test_values_between_checkpoints_are_interpolated():
     """Half way in tokens, half way in everything; beyond the end, the end; at 0, the warm start."""
     half = comparison.values_at(MRT, "tokens", 100)
@@ -39,8 +45,9 @@ def test_tokens_per_right_answer_is_a_ratio_of_totals():
     assert statistic(comparison.values_at(GRPO, "step", 0)) == float("inf")
 
 
-def test_the_interval_is_that_of_the_mean_of_seeds_and_problems():
+def test_the_interval_is_that_of_the_mean_of_seeds_and_problems(monkeypatch):
     """Of independent seeds and problems with effects of std a and b, the mean's std is sqrt(a²/S + b²/P)."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 1000)
     rng = np.random.default_rng(1)
     S, P, a, b = 40, 400, 0.05, 0.4
     x = {"right": rng.normal(0, a, (S, 1)) + rng.normal(0, b, (1, P))}
