@@ -42,6 +42,7 @@ from nanomrt.config import (
     parse_arm,
     parse_overrides,
     read_config,
+    refuse_unread,
     run_name,
 )
 from nanomrt.run import choose_device, device_of
@@ -149,6 +150,7 @@ class Job:
         if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)
+        refuse_unread(config, own)
         result = f"{arm}-seed={seed}{setting}.json".replace("/", "_")
         return cls(arm, config_path, overrides, config, split, setting, folder / result)
 

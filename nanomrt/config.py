@@ -11,6 +11,7 @@ import json
 import math
 import runpy
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ CHOICES = {
     "truncated": ("zero", "mask"),
     "equal_groups": ("keep", "skip"),
     "device": ("auto", "cpu", "cuda"),
+}
+READ_BY = {  # keys of some methods' credit
+    "alpha": ("mrt_online", "mrt", "mrt_b"),
+    "gamma": ("mrt_online",),
+    "J_discount": ("mrt_online", "mrt"),
+    "progress_norm": ("mrt_online", "mrt", "vineppo"),
+    "advantage_norm": ("grpo", "length_penalty", "mrt_online", "mrt", "mrt_b"),
+    "repeat_penalty": ("grpo", "mrt_online", "mrt"),
+    "length_penalty": ("length_penalty",),
+    "decision_in_loss": ("mrt",),
 }
 
 
@@ -101,12 +112,12 @@ class RunConfig:
 
     # algorithm (nanomrt/methods.py, nanomrt/mrt.py)
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
-    alpha: float = key(1.0, "of mrt_online, mrt and mrt_b: weight of the progress bonus; 0 is GRPO", 0)
-    gamma: float = key(0.0, "of mrt_online: discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
-    J_discount: float = key(1.0, "of mrt_online and mrt: progress is J_discount · J after - J before", 0, 1)
+    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO", 0)
+    gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
+    J_discount: float = key(1.0, "progress is J_discount · J after - J before", 0, 1)
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
-    length_penalty: float = key(0.5, "algorithm=length_penalty: share of the reward that a whole budget of tokens costs", 0, 1)
-    decision_in_loss: bool = key(False, "algorithm=mrt: whether the forced decision to stop is learned, too")
+    length_penalty: float = key(0.5, "share of the reward that a whole budget of tokens costs", 0, 1)
+    decision_in_loss: bool = key(False, "whether the forced decision to stop is learned, too")
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo", 1)
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
@@ -159,8 +170,9 @@ class RunConfig:
              f"kl_estimator=k1_reward is part of the reward, whose size algorithm={self.algorithm} doesn't follow: use k2"),
             (not self.kl_coef or self.kl_estimator != "k1_reward" or self.equal_groups == "keep",
              "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
-            (not self.repeat_penalty or self.algorithm in ("grpo", "mrt_online", "mrt"),
-             f"repeat_penalty is part of the credit of grpo, mrt_online and mrt: leave it at 0 for algorithm={self.algorithm}"),
+            (not self.repeat_penalty or self.algorithm in READ_BY["repeat_penalty"],
+             f"repeat_penalty is part of the credit of {', '.join(READ_BY['repeat_penalty'])}: leave it at 0 for algorithm="
+             f"{self.algorithm}"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
             (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
@@ -195,8 +207,10 @@ BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
 def describe() -> str:
-    """One line per key: name, type, default, meaning."""
-    return "\n".join(f"  --{f.name:<24} {f.type.__name__:<6} {f.default!r:<12} {f.metadata['meaning']}" for f in KEYS.values())
+    """One line per key: name, type, default, who reads it if not all methods do, meaning."""
+    readers = {name: f"of {', '.join(methods)}: " for name, methods in READ_BY.items()}
+    return "\n".join(f"  --{f.name:<24} {f.type.__name__:<6} {f.default!r:<12} {readers.get(f.name, '')}{f.metadata['meaning']}"
+                     for f in KEYS.values())
 
 
 def _typed(name: str, value: Any, source: str) -> Any:
@@ -226,6 +240,14 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
 def with_overrides(config: RunConfig, overrides: dict[str, str]) -> RunConfig:
     """The same config but for some keys, given as text. Raises ValueError with the fix in its message."""
     return replace(config, **{name: _typed(name, value, "command line") for name, value in overrides.items()})
+
+
+def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
+    """Raises ValueError if the algorithm doesn't read one of these keys, which a user has set for it: it would change nothing."""
+    for name in names:
+        if config.algorithm not in (methods := READ_BY.get(name, ALGORITHMS)):
+            raise ValueError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
+                             f"that reads it ({', '.join(methods)})")
 
 
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

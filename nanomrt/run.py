@@ -30,6 +30,7 @@ from nanomrt.config import (
     load_config,
     parse_overrides,
     read_config,
+    refuse_unread,
     run_name,
     save_config,
 )
@@ -199,6 +200,7 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     try:
         overrides = parse_overrides(rest)
         config = load_config(path, overrides)
+        refuse_unread(config, overrides)
         folder = Path(config.out_dir) / run_name(path, overrides)
         saved = folder / "config.json"
         before = read_config(saved) if saved.is_file() else None

@@ -73,6 +73,7 @@ def test_no_run_is_named_twice(arms, seeds, tmp_path):
 
 @pytest.mark.parametrize("arm, message", [
     ("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"), ("grpo+alpha", "--alpha needs a value"),
+    ("grpo+alpha=2", "alpha changes nothing with algorithm=grpo"),
     ("grpo+seed=4", "seed can't be set for grpo.*--seeds says which"), ("grpo+threads=2", "threads can't be set for grpo"),
     ("grpo+algorithm=mrt", "algorithm can't be set for grpo.*name it in --algorithms")])
 def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path, monkeypatch):

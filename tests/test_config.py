@@ -18,6 +18,7 @@ from nanomrt.config import (
     load_config,
     parse_overrides,
     read_config,
+    refuse_unread,
     run_name,
     save_config,
 )
@@ -292,6 +293,14 @@ def test_every_key_is_described():
         assert field.type in (int, float, bool, str) and type(field.default) is field.type and field.metadata["meaning"]
         assert re.match(rf"\s+--{field.name}\s+{field.type.__name__}\s", line)
         assert repr(field.default) in line and line.endswith(field.metadata["meaning"])
+        assert ("of mrt_online: " in line) == (field.name == "gamma")
+
+
+def test_a_key_that_changes_nothing_is_refused():
+    """A user who sets it believes that it does."""
+    refuse_unread(RunConfig(algorithm="mrt", alpha=2.0), ["alpha", "steps"])
+    with pytest.raises(ValueError, match=r"gamma changes nothing with algorithm=mrt: leave it out.*reads it \(mrt_online\)"):
+        refuse_unread(RunConfig(algorithm="mrt", gamma=0.5), ["gamma"])
 
 
 def keys_read() -> set[str]:

@@ -6,6 +6,7 @@ J or the values V are a table over the 1 + 3 + 9 prefixes.
 """
 
 import math
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mrt import J_TABLE, REWARD, SEQUENCES, close, make_batch, make_episodes, prefix_index, sequence_logprobs
 
+from nanomrt.config import READ_BY
+from nanomrt.methods import METHODS, after_an_attempt, prefix_form
 from nanomrt.mrt import (
     Batch,
     Episodes,
@@ -267,12 +270,23 @@ def test_being_short_pays_only_for_who_is_right(rows, penalty):
         assert A == [row[0] for row in per_row(batch, outcome_credit(batch, None, options()))]
 
 
-def test_only_the_mrt_credits_heed_alpha_and_gamma():
-    """The other six are what they are."""
-    batch, episodes = example()
-    for function in CREDITS:
-        plain, other = (function(batch, episodes, options(alpha=a, gamma=g)) for a, g in ((1.0, 0.0), (3.0, 0.5)))
-        assert torch.equal(plain, other) != (function in (progress_credit, prefix_bonus_credit))
+OTHER = {"alpha": 3.0, "gamma": 0.5, "J_discount": 0.5, "progress_norm": "mean", "advantage_norm": "rloo", "repeat_penalty": 0.5,
+         "length_penalty": 0.9}
+
+
+@pytest.mark.parametrize("key", READ_BY.keys() - {"decision_in_loss"})  # which is the prefix form's, and what it gathers
+def test_the_methods_that_are_said_to_read_a_key_are_those_whose_credit_heeds_it(key):
+    """The command line refuses it for the others."""
+    batch, whole = example()
+    batch = replace(batch, tokens=0 * batch.tokens)  # whoever minds repetition has something to mind
+    one = make_episodes(batch, [[3], [4]], [[0.25, 0.0], [0.25, 0.75]])
+    heeding = set()
+    for name, method in METHODS.items():
+        episodes = one if method.gather in (prefix_form, after_an_attempt) else whole
+        plain, other = (method.credit(batch, episodes, options(used=1, **keys)) for keys in ({}, {key: OTHER[key]}))
+        if not torch.equal(plain, other):
+            heeding.add(name)
+    assert heeding == set(READ_BY[key])
 
 
 def test_likelihood_loss():
