@@ -29,7 +29,7 @@ CHOICES = {
     "equal_groups": ("keep", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
-READ_BY = {  # keys of some methods' credit
+READ_BY = {  # keys that the credit of some methods reads, and of no other
     "alpha": ("mrt_online", "mrt", "mrt_b"),
     "gamma": ("mrt_online",),
     "J_discount": ("mrt_online", "mrt"),
