@@ -277,6 +277,7 @@ def evaluated(job: Job) -> dict:
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
 
     def measured(folder: Path, split: str) -> dict:
+        """A checkpoint's values on the problems of a split."""
         try:
             model = checkpoint.load_model(folder, device)
         except (FileNotFoundError, ValueError) as error:

@@ -53,8 +53,8 @@ def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
 
 
 def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
-    """Value and 95 % interval of a statistic of one or more arms: seeds and problems are drawn with replacement, the same ones
-    for every arm. The arms must have the same seeds."""
+    """Value and 95 % interval of a statistic of one or more arms: S - 1 seeds (see above) and P problems are drawn with
+    replacement, the same ones for every arm. The arms must have the same seeds."""
     rng = np.random.default_rng(0)
     S, P = next(iter(arms[0].values())).shape
     drawn = []
