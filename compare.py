@@ -267,7 +267,7 @@ def run_job(job: Job) -> None:
 
 
 def evaluated(job: Job) -> dict:
-    """The run's file: where it comes from, and a point per checkpoint, from the warm start (step 0) to the end."""
+    """The run's file: where it comes from, what its stages took, and a point per checkpoint, from the warm start (step 0) on."""
     config, (made, *rows) = job.config, report.read_jsonl(job.run / "metrics.jsonl")
     task, device = Countdown(config), choose_device(config)
     spent = {0: {"tokens": 0, "seconds": 0.0}} | {
@@ -291,7 +291,8 @@ def evaluated(job: Job) -> dict:
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
                        "habits": section["habits"], "per_problem": section["per_problem"]})
     harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", step))}
-    return {"arm": job.arm, **made, "points": points, **harder}
+    stages = {stage: sum(row[f"seconds_{stage}"] for row in rows) for stage in ("trace", "fork", "update")}  # wall clock
+    return {"arm": job.arm, **made, "stages": stages, "points": points, **harder}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 Read next: nanomrt/mrt.py, the algorithm. `update` below is where RL takes its gradients.
 """
 
+import math
 import shlex
 import sys
 from collections import Counter
@@ -147,13 +148,20 @@ def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: R
     trainer = rescore(model, batch, config)
     difference = trainer - batch.logprob
     return (replace(batch, logprob=trainer), advantage * difference.exp().clamp(max=config.importance_cap),
-            {"max_logprob_diff": float(difference.abs().max())})
+            apart([difference[batch.is_action]]))
+
+
+def apart(differences: list[Tensor]) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's, over all tokens of some parts (n,); 0 where there are none."""
+    difference = torch.cat(differences).abs() if differences else torch.zeros(1)
+    return {"mean_logprob_diff": float(difference.mean()), "max_logprob_diff": float(difference.max()),
+            "p99_logprob_diff": float(difference.kthvalue(math.ceil(0.99 * len(difference))).values)}
 
 
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advantage: Tensor, ref_logprob: Tensor | None,
            run: Run) -> dict[str, float]:
-    """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what a step line says of them."""
-    config, seen, sampler_error = run.config, Counter(), 0.0
+    """`epochs` passes over the batch in `minibatches` optimiser steps each; returns what a row of metrics.jsonl says of them."""
+    config, seen, differences = run.config, Counter(), []
     minibatches = shuffled(batch, advantage, config, generator_for(config.seed, "update", run.step))
     for index, minibatch in enumerate(minibatches):
         weight = torch.zeros_like(advantage)  # (N,)
@@ -174,7 +182,7 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
             loss.backward()
             seen.update(observed(loss.detach(), logprob.detach(), old, entropy.detach(), config))
             if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
-                sampler_error = max(sampler_error, float((logprob.detach() - old).abs().max()))
+                differences.append(logprob.detach() - old)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         seen["grad_norm"] += norm
         if run.accept_gradient(norm):
@@ -184,8 +192,8 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
     run.ledger["update"] += seen["tokens"]
     per_step, per_token = len(minibatches), max(seen["tokens"], 1)
     return {"loss": seen["loss"] / per_step, "entropy": seen["entropy"] / per_token,
-            "clip_fraction": seen["clipped"] / per_token, "max_logprob_diff": sampler_error,
-            "grad_norm": seen["grad_norm"] / per_step, "learning_rate": optimizer.param_groups[0]["lr"]}
+            "clip_fraction": seen["clipped"] / per_token, "grad_norm": seen["grad_norm"] / per_step,
+            "learning_rate": optimizer.param_groups[0]["lr"], **apart(differences)}
 
 
 def shuffled(batch: Batch, advantage: Tensor, config: RunConfig, generator: torch.Generator) -> list[Tensor]:

@@ -19,7 +19,7 @@ gate_check_recall = 0.6
 # The model: 21M parameters.
 hidden_size, intermediate_size = 512, 1280
 num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim = 8, 8, 2, 64
-max_position_embeddings = 512
+max_position_embeddings = 640 # mrt, mrt_b and vineppo sample a budget after a prefix
 
 # RL: 1,024 rollouts a step, at most 24 attempts each.
 steps = 200

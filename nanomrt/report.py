@@ -49,12 +49,15 @@ def compact(x: float | None, width: int = 4) -> str:
 
 
 def step_line(row: dict, steps: int, eta: float) -> str:
-    """One line per step, reward first; all lines of a run have one width, whatever happens in it."""
+    """One line per step, reward first; all lines of a run have one width, whatever happens in it. At its end stand the tokens
+    that traces and forced answers have taken since the run began, and the seconds of this step's traces, forks and update."""
     show = lambda key: compact(row[key])
+    sampled = "+".join(compact(row[f"{stage}_tokens"] / 1e6) + "M" for stage in ("trace", "fork"))
+    seconds = "+".join(compact(row[f"seconds_{stage}"], 3) for stage in ("trace", "fork", "update"))
     return (f"{row['step']:>{len(str(steps)) + 2}}/{steps}  reward {show('reward')}  J {show('J_first')}>{show('J_last')}  "
             f"tokens {show('response_tokens')}  finished {show('finished')}  entropy {show('entropy')}  "
             f"grad {show('grad_norm')}  |dlogp| {row['max_logprob_diff']:5.0e}  "
-            f"{compact(row['tokens_per_second'] / 1000)}k tok/s  eta {duration(eta):>6}")
+            f"sampled {sampled}  {seconds} s  eta {duration(eta):>6}")
 
 
 def show_rollout(example: dict) -> str:

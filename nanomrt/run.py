@@ -160,12 +160,10 @@ class Run:
         spent = {f"seconds_{stage}": self.seconds[stage] - self._before[stage] for stage in ("trace", "fork", "update")}
         row = {"step": self.step, **gathered.metrics(), **learned, "skipped": self.skipped,
                **{f"{name}_tokens": count for name, count in self.ledger.items()}, **spent}
-        sampled = gathered.trace_tokens + gathered.fork_tokens
         now = time.process_time()
         self.cpu_seconds, self._cpu_began = self.cpu_seconds + now - self._cpu_began, now
         row["seconds_cpu"] = self.cpu_seconds  # these two since the first step
         row["seconds_total"] = sum(self.seconds[stage] for stage in ("trace", "fork", "update"))
-        row["tokens_per_second"] = sampled / max(row["seconds_trace"] + row["seconds_fork"], 1e-9)
         self._before = dict(self.seconds)
         report.append_jsonl(self.folder / "metrics.jsonl", row)
         pace = (time.perf_counter() - self._began) / (self.step - self._first_step)

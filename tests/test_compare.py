@@ -248,6 +248,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("warm-*"))) == 1
     saved = json.loads(next(folder.glob("anytime-seed=0-*.json")).read_text())
     assert [point["step"] for point in saved["points"]] == [0, 1, 2] and len(saved["points"][0]["per_problem"]["right"]) == 4
+    assert all(saved["stages"][stage] > 0 for stage in ("trace", "fork", "update"))
     assert len(saved["ood_start"]["right"]) == len(saved["ood"]["right"]) == 4
     tokens = [point["tokens"] for point in saved["points"]]
     assert tokens[0] == 0 < tokens[1] < tokens[2] and saved["commit"] and saved["config"]["seed"] == 0

@@ -11,6 +11,7 @@ import torch
 
 from data.countdown import Countdown
 from nanomrt.config import (
+    ALGORITHMS,
     CHOICES,
     KEYS,
     RunConfig,
@@ -324,8 +325,10 @@ def test_every_key_is_read(name):
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_config_files_load(path):
-    """Each names a possible run: its task and its model can be built and it has problems to train on."""
+    """Each names a possible run, with any algorithm: its task and its model can be built, it has problems to train on, and what
+    a method samples fits the context."""
     config = load_config(path)
+    assert all(load_config(path, {"algorithm": name}).algorithm == name for name in ALGORITHMS)
     task = Countdown(config)
     assert all(task.problems(split, 2, 0) for split in ("train", "validation", "test", "ood"))
     ModelConfig(vocab_size=len(task.tokenizer),

@@ -12,7 +12,9 @@ def row(rng: random.Random, step: int, outcome_only: bool = False) -> dict:
     J = None if outcome_only else rng.random()
     return {"step": step, "reward": rng.random(), "J_first": J, "J_last": J, "response_tokens": rng.uniform(1, 9999),
             "finished": rng.random(), "entropy": rng.uniform(0, 9), "grad_norm": 10 ** rng.uniform(-6, 9),
-            "max_logprob_diff": 10 ** rng.uniform(-9, 1), "tokens_per_second": 10 ** rng.uniform(0, 9)}
+            "max_logprob_diff": 10 ** rng.uniform(-9, 1),
+            **{f"{stage}_tokens": 10 ** rng.uniform(0, 12) for stage in ("trace", "fork", "update")},
+            **{f"seconds_{stage}": 10 ** rng.uniform(-5, 5) for stage in ("trace", "fork", "update")}}
 
 
 def test_all_step_lines_have_one_width():
@@ -41,6 +43,13 @@ def test_durations_take_six_characters_at_most(seconds):
 def test_the_reward_comes_first():
     line = report.step_line(row(random.Random(0), 3) | {"reward": 0.123}, 60, 190)
     assert line.split()[:3] == ["3/60", "reward", ".123"] and line.endswith("3m10s")
+
+
+def test_a_step_line_ends_with_what_the_run_sampled_and_what_the_step_took():
+    """Traces, forced answers, and (in seconds) the update."""
+    spent = {"trace_tokens": 1_070_000, "fork_tokens": 52_300, "seconds_trace": 1.12, "seconds_fork": 0.623,
+             "seconds_update": 12.2}
+    assert "  sampled 1.07M+.052M  1.1+.62+ 12 s  eta " in report.step_line(row(random.Random(0), 3) | spent, 60, 190)
 
 
 def test_rows_after_the_resumed_step_and_half_written_ones_go(tmp_path):

@@ -1,5 +1,6 @@
 """sample.py: what it shows is what an uncached model would do, and mistakes name their fix."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,6 +130,16 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(run):
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: expected 3 numbers") and result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_it_in_silence(run):
+    """`python sample.py … | head -1`: the pipe is closed before all is written."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "sample.py", str(run)], cwd=Path(__file__).parents[1], stdout=write,
+                            stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 0 and result.stderr == ""
 
 
 @pytest.mark.parametrize("words, message", [

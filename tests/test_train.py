@@ -23,6 +23,7 @@ import train
 from data.countdown import Countdown
 from nanomrt import checkpoint, warmstart
 from nanomrt.config import RunConfig, UserError, load_config, parse_overrides
+from nanomrt.methods import Gathered
 from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, clipped_loss, token_weights
 from nanomrt.report import read_jsonl
@@ -32,7 +33,7 @@ from nanomrt.warmstart import STAGES, cached_warm_start, warm_folder
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--warm_steps=200", "--steps=4", "--save_every=2", "--eval_problems=8", "--eval_samples=2", "--threads=1", "--device=cpu"]
-CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update", "seconds_cpu", "seconds_total", "tokens_per_second")  # by time
+CLOCKS = ("seconds_trace", "seconds_fork", "seconds_update", "seconds_cpu", "seconds_total")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,16 @@ def test_sampler_and_trainer_score_the_same_distribution(finished):
     assert all(row["max_logprob_diff"] < 1e-4 for row in metrics(finished))
 
 
+def test_how_far_sampler_and_trainer_are_apart_counts_every_token_once():
+    """However they were cut into parts."""
+    difference = torch.randn(250, generator=torch.Generator().manual_seed(0))
+    expected = {"mean_logprob_diff": float(difference.abs().mean()), "max_logprob_diff": float(difference.abs().max()),
+                "p99_logprob_diff": float(difference.abs().sort().values[-3])}  # two of 250 are larger
+    for sizes in ([250], [1, 249], [100, 50, 100]):
+        assert train.apart(list(difference.split(sizes))) == pytest.approx(expected)
+    assert set(train.apart([]).values()) == {0.0}
+
+
 def test_the_ledger_counts_the_actions_that_were_trained(finished):
     """On-policy and online, every sampled trace token is trained once, or never if no gradient would come from it."""
     last = metrics(finished)[-1]
@@ -148,7 +159,8 @@ def test_importance_weights_do_not_hide_how_far_sampler_and_trainer_are_apart(ou
     """The trainer's own log-probs stand in for the sampler's from then on: what is logged is the difference before."""
     monkeypatch.setattr(train, "rescore", lambda model, batch, config: batch.logprob - 0.25 * batch.is_action)
     steps = [row for row in read_jsonl(run_tiny(out, "--steps=1", "--importance_cap=2") / "metrics.jsonl") if "reward" in row]
-    assert [row["max_logprob_diff"] for row in steps] == [pytest.approx(0.25, abs=1e-5)]
+    [row] = steps
+    assert [row[f"{name}_logprob_diff"] for name in ("mean", "p99", "max")] == [pytest.approx(0.25, abs=1e-5)] * 3
 
 
 def test_the_prefix_form_measures_one_episode_of_each_continuing_rollout(out):
@@ -420,6 +432,24 @@ def test_what_no_gradient_comes_from_is_not_computed(model, on_policy, tmp_path,
     monkeypatch.setattr(train, "score", lambda model, batch, *rest: read.append(len(batch.tokens)) or score(model, batch, *rest))
     assert same(whole, update_gradient(model, batch, some, tmp_path, algorithm="grpo"))
     assert sum(read) == last + 1 + int(batch.lengths[2])
+
+
+def test_the_seconds_of_forced_answers_are_not_counted_among_those_of_traces(on_policy, tmp_path, monkeypatch):
+    """A clock of our own: gathering takes 5 s, of which 2 are forced answers; then the update takes 4."""
+    batch, _ = on_policy
+    clock = iter([0.0, 5.0, 10.0, 14.0])
+    run = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu")
+    run._cpu_began = run._began = 0.0
+    with monkeypatch.context() as patched:
+        patched.setattr("nanomrt.run.time.perf_counter", lambda: next(clock, 20.0))
+        for stage in ("trace", "update"):
+            with run.timed(stage):
+                pass
+        run.record(Gathered(None, batch, None, 70, 30, fork_seconds=2.0),
+                   {"entropy": 1.0, "grad_norm": 1.0, "max_logprob_diff": 0.0})
+    [row] = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row[f"seconds_{stage}"] for stage in ("trace", "fork", "update", "total")] == [3.0, 2.0, 4.0, 9.0]
+    assert row["trace_tokens"] == 70 and row["fork_tokens"] == 30
 
 
 def test_a_batch_that_teaches_nothing_moves_nothing(model, on_policy, tmp_path):
