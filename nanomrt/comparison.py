@@ -91,11 +91,16 @@ def tables(arms: dict[str, list[dict]]) -> str:
                       ["method", *(f"{budget:.0f}" for budget, _ in curves[baseline][0])],
                       [[arm, *(f"{J:.3f}" for J in np.mean(of, axis=0)[:, 1])] for arm, of in curves.items()]))
     habits = {arm: [run["points"][at]["habits"] for run in runs] for arm, at, runs, _ in ends(arms)}
-    first, *later = sum(habits.values(), [])
-    names = [name for name in first if all(name in other for other in later)]  # runs of an older commit know fewer
+    names = known_habits(arms)
     text.append(table("Habits after all steps", ["method", *names],
                       [[arm, *(f"{np.mean([seed[name] for seed in of]):.2f}" for name in names)] for arm, of in habits.items()]))
     return "\n\n".join(text)
+
+
+def known_habits(arms: dict[str, list[dict]]) -> list[str]:
+    """The habits that every run has counted: those of an older commit know fewer."""
+    first, *others = (run["points"][0]["habits"] for runs in arms.values() for run in runs)
+    return [name for name in first if all(name in other for other in others)]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -248,4 +253,27 @@ def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-FIGURES = {"curves": curves_figure, "budget": budgets_figure, "frontier": frontier_figure}
+def habits_figure(path: Path, arms: dict[str, list[dict]]) -> None:
+    """How the policies think, step after step: the mean over seeds, and each seed. `Countdown.habits` says what is counted."""
+    names = known_habits(arms)
+    figure = report.blank_figure(13, 6)
+    axes = figure.subplots(2, -(-len(names) // 2), sharex=True, squeeze=False)
+    for panel, name in zip(axes.flat, names):
+        panel.set_title(name, fontsize=9, loc="left")
+        for i, (arm, runs) in enumerate(arms.items()):
+            colour, dashes, _ = look(i)
+            steps = [point["step"] for point in runs[0]["points"]]
+            values = np.array([[point["habits"][name] for point in run["points"]] for run in runs])  # (seeds, steps)
+            panel.plot(steps, values.T, color=colour, alpha=0.2, linewidth=0.8)
+            panel.plot(steps, values.mean(0), dashes, color=colour, label=arm, linewidth=1.8)
+        panel.set_ylim(0, None)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in axes.flat[len(names) :]:
+        panel.set_axis_off()
+    for panel in axes[1]:
+        panel.set_xlabel("steps")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+FIGURES = {"curves": curves_figure, "budget": budgets_figure, "frontier": frontier_figure, "habits": habits_figure}

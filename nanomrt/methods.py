@@ -115,9 +115,10 @@ def traces_with_V(model, task, problems, config, generator) -> Gathered:
 
 
 def prefix_form(model, task, problems, config, generator) -> Gathered:
-    """MRT's prefix form: each row cuts its problem's trace after a random number of episodes; from there, half of a group is
-    forced to answer now and half goes on, and progress is what the first new episode changed. With decision_in_loss the forced
-    `</think>` is learned like the other half's decision to go on; what was forced after it never is."""
+    """MRT's prefix form (Qu et al., arXiv 2503.07572): each row cuts its problem's trace of T episodes after j of them, j uniform
+    in 0..T-1; from there, half of a group is forced to answer now and half goes on, and progress is the first new episode's,
+    J_{j+1} - J_j. With decision_in_loss the forced `</think>` is learned like the other half's decision to go on; what was forced
+    after it never is."""
     G, base = config.group_size, roll_out(model, task, problems, 1, training_sampling(task, config), generator)
     owner = [i for i in range(len(problems)) for _ in range(G)]
     pick, cut = torch.rand(len(owner), generator=generator).tolist(), []
@@ -146,8 +147,8 @@ def prefix_form(model, task, problems, config, generator) -> Gathered:
 
 
 def after_an_attempt(model, task, problems, config, generator) -> Gathered:
-    """MRT's backtracking form: every row makes an attempt of its own, z_1, and goes on from there; z_1 is context, not action.
-    What follows is one episode: from J(z_1) to the verdict."""
+    """MRT's backtracking form (arXiv 2503.07572): every row makes an attempt of its own, z_1, and goes on from there; z_1 is
+    context, not action. What follows is one episode: from J(z_1) to the verdict."""
     sampling = training_sampling(task, config)
     one = replace(sampling, max_new_tokens=task.attempt_tokens)
     base = roll_out(model, task, problems, config.group_size, one, generator)
@@ -164,8 +165,9 @@ def after_an_attempt(model, task, problems, config, generator) -> Gathered:
 
 
 def best_prefixes(model, task, problems, config, generator) -> Gathered:
-    """MRT's STaR form: every trace is cut at the earliest boundary with the largest J, and goes on with a right answer forced
-    there. A trace without one stays as it is, and so does its verdict."""
+    """MRT's STaR form (arXiv 2503.07572): every trace is cut at b_j, j the earliest argmax of J_j, and goes on with a right
+    answer forced there. A trace without one stays as it is, and so does its verdict. The paper's J is the mean of 20 sampled
+    answers (`forks`, `fork_temperature`); of a single greedy one, a lucky guess is an argmax."""
     gathered = traces(model, task, problems, config, generator)
     rollouts, (row, position) = gathered.rollouts, boundaries(task, gathered.rollouts)
     began = time.perf_counter()

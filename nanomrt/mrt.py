@@ -93,8 +93,9 @@ def episodes_between(row: Tensor, boundary: Tensor, J: Tensor) -> Episodes:
 def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """Reward minus a baseline from its group; exactly 0, not rounding noise, where a group's rewards are equal. (B,) -> (B,).
 
-    mean: minus the group's mean (Dr. GRPO); mean_std: and divided by the group's population std (GRPO); rloo: minus the mean
-    of the *other* rollouts, which is `mean` times G/(G-1) and makes the estimate unbiased.
+    mean: minus the group's mean (Dr. GRPO; Liu et al., arXiv 2503.20783); mean_std: and divided by the group's population std
+    (GRPO; Shao et al., arXiv 2402.03300); rloo: minus the mean of the *other* rollouts, which is `mean` times G/(G-1) and makes
+    the estimate unbiased (Ahmadian et al., arXiv 2402.14740).
 
     >>> group_advantage(torch.tensor([1.0, 0.0, 0.5, 0.5]), torch.tensor([7, 7, 3, 3]), "mean")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -213,7 +214,8 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) 
 
 def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """MRT's backtracking form: reward + alpha · (reward - J(z_1)) for all that follows the first attempt z_1, relative to the
-    group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean."""
+    group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean. Qu et al., arXiv
+    2503.07572, where z_1 is a failed attempt; here it may be right, and going on is worth nothing then."""
     if episodes is None or config.alpha == 0:
         return outcome_credit(batch, episodes, config)
     bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress())  # (B,)
@@ -266,7 +268,7 @@ def imitation_credit(batch: Batch, episodes: Episodes | None, config: RunConfig)
 
 
 def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
-    """Supervised learning of everything: A = 1."""
+    """Supervised learning of everything: A = 1, the log-likelihood."""
     return batch.is_action.float()
 
 
@@ -290,8 +292,9 @@ def length_with_gradient(batch: Batch, value: Tensor) -> Tensor:
 def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> Tensor:
     """w of (4), over a whole minibatch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
 
-    token: every token counts the same (DAPO); sequence: every rollout counts the same (GRPO); constant: per rollout and `budget`
-    (Dr. GRPO). Rollouts that were cut off are left out by truncated = mask (DAPO's overlong filtering).
+    token: every token counts the same (DAPO; Yu et al., arXiv 2503.14476); sequence: every rollout counts the same (GRPO);
+    constant: per rollout and `budget` (Dr. GRPO). Rollouts that were cut off are left out by truncated = mask (DAPO's overlong
+    filtering).
     """
     counted = batch.is_action & (batch.finished[batch.row] | (truncated == "zero"))  # (N,)
     counted = counted.float()

@@ -1,12 +1,13 @@
 """Test-time methods: spend more tokens on a problem, with a policy that stays as it is.
 
-    majority     N rollouts, their commonest answer
-    best_of_n    N rollouts, the answer of largest v (nanomrt/verifier.py)
+    majority     N rollouts, their commonest answer (Wang et al., arXiv 2203.11171)
+    best_of_n    N rollouts, the answer of largest v (nanomrt/verifier.py; Cobbe et al., arXiv 2110.14168)
     oracle       N rollouts, right if any is: pass@N, what a perfect verifier would make of them
     beam         N partial traces of a problem; after every episode half of them stay, those of largest v, and are gone on from
-    linearised   one trace of as many attempts as we like, longer than the context: it sees its last episodes only. Every attempt
-                 is asked for its answer and the commonest is taken; `linearised_last`: the answer to the last attempt after which
-                 the policy would have stopped by itself
+                 (Snell et al., arXiv 2408.03314)
+    linearised   one trace of as many attempts as we like, longer than the context: it sees its last episodes only (Qu et al.,
+                 arXiv 2503.07572). Every attempt is asked for its answer and the commonest is taken; `linearised_last`: the
+                 answer to the last attempt after which the policy would have stopped by itself
 
 Compared at what they cost, in generated tokens per problem: those of traces that a beam drops and of answers that lose a vote
 count. The verifier generates nothing: it reads what is there, and reading is not counted.

@@ -1,4 +1,4 @@
-"""An outcome verifier: the probability that a trace, whole or not, ends in a right answer.
+"""An outcome verifier: the probability that a trace, whole or not, ends in a right answer (Cobbe et al., arXiv 2110.14168).
 
 It is a copy of the policy with a linear layer on its last hidden state, trained on the policy's own rollouts of train problems:
 

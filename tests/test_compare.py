@@ -255,7 +255,7 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     table = next(folder.glob("comparison-*.md"))
     before = table.read_text()
     assert "| GRPO | 1 |" in before and "| Any time | steps |" in before and "Differences from GRPO" in before
-    assert all(len(list(folder.glob(f"comparison-*-{kind}.png"))) == 1 for kind in ("curves", "budget", "frontier"))
+    assert all(len(list(folder.glob(f"comparison-*-{kind}.png"))) == 1 for kind in ("curves", "budget", "frontier", "habits"))
     monkeypatch.setattr(comparison, "FIGURES", {})  # slow, and drawn once already
     monkeypatch.setattr(compare, "run_job", None)
     assert compare.main(command) == 0 and table.read_text() == before
