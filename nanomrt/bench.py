@@ -1,16 +1,19 @@
 """How fast sampling and a whole GRPO step are: beside their own matrix products, beside the same work without shared prefixes,
 and beside Hugging Face's `generate` and TRL's `GRPOTrainer` where `transformers` and `trl` are installed.
 
-    python -m nanomrt.bench             tables on the screen and results/sampler-<machine>.json
-    python -m nanomrt.bench --dry-run   the same program on tiny sizes, in seconds
+    python -m nanomrt.bench                   tables on the screen and results/sampler-<machine>.json
+    python -m nanomrt.bench --only roofline   one part
+    python -m nanomrt.bench --dry-run         the same program on tiny sizes, in seconds
 
-decode   prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a row, nobody stops: tokens per second. `products`
-         is the floor: the same linear layers and nothing else. `alone` gives every row a prompt of its own. On a GPU also
-         without CUDA graphs.
-forks    64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
-         with every context prefilled again.
-step     what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
-grpo     a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
+decode    prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a row, nobody stops: tokens per second. `products`
+          is the floor: the same linear layers and nothing else. `alone` gives every row a prompt of its own. On a GPU also
+          without CUDA graphs. `ragged` is RL's real case: each row has 1 … 70 new tokens; `generate` goes on to the longest.
+forks     64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
+          with every context prefilled again.
+step      what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
+grpo      a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
+roofline  only on a GPU: a decoding step of a 1.5B model over long random contexts, against `step_floor` at the rates of a copy
+          and a matrix product that are measured just before; and 64 prefixes of 16 rows against a prefix for every row.
 
 Providers take turns (TRL's trainer comes last, by itself), each figure is the median of the repetitions, and weights and tokens
 are random. Timing belongs here and never in a test.
@@ -19,33 +22,45 @@ are random. Timing belongs here and never in a test.
 import argparse
 import os
 import platform
+import re
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import train
 from data.countdown import Countdown
+from kernels.bench import machine, table
+from kernels.profile import QWEN_1_5B, TINY
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
 from nanomrt.cudagraph import Recording, recording
-from nanomrt.model import Llama, ModelConfig
+from nanomrt.model import Llama, ModelConfig, compute_dtype, mixed_precision
 from nanomrt.mrt import Batch, outcome_credit
 from nanomrt.report import write_json
 from nanomrt.run import commit
-from nanomrt.sampler import Branches, Samples, Sampling, Segments, generate, prefill
+from nanomrt.sampler import Branches, Rows, Samples, Sampling, Segments, Slots, decode, generate, new_cache, prefill
 
 PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
 TRACE, ANSWER, FORKS, EPISODE = 108, 8, 12, 9
-OURS = "nanomrt"
+STEPS = 32  # of decoding, that the roofline part times together
+PARTS = ("decode", "forks", "step", "grpo", "roofline")
+PEERS = GENERATE, STATIC, PAGED, TRL = (
+    "Hugging Face generate", "Hugging Face generate, static cache, compiled", "Hugging Face generate_batch", "TRL GRPOTrainer")
+GOALS = {1: (0.60, 0.75), 64: (0.45, 0.60), 256: (0.50, 0.65)}  # rows: minimum and target share of a step's floor
 
 
 def small_llama(task: Countdown, device: str) -> Llama:
@@ -55,26 +70,64 @@ def small_llama(task: Countdown, device: str) -> Llama:
     return Llama(config).initialise(torch.Generator().manual_seed(0)).to(device)
 
 
-def medians(providers: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, float]:
-    """Seconds of each provider: one call to warm up, then all in turn, `repeats` times. One that fails is left out, with a line
-    that says why: the others go on."""
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for name, call in tqdm([*providers.items()] * (repeats + 1), desc=label, leave=False):
-        if name not in seconds:
-            continue
-        began = time.perf_counter()
+# --- Timing ---
+
+
+class TooSlow(BaseException):
+    """Not an `Exception`: libraries catch those and go on."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, and of what it leaves to the GPU."""
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@dataclass
+class Timing:
+    """How often providers are called, and which peers are not, or not any more."""
+
+    repeats: int
+    limit: float = 60.0  # seconds
+    without: set[str] = field(default_factory=set)
+
+    def attempt(self, label: str, peer: str, call: Callable[[], object]) -> object:
+        """What `call` returns; None from a peer that is left out. One that fails, or is not done after `limit` seconds, is left
+        out from then on, with a line that says why: the others go on. The alarm interrupts Python between two instructions: it
+        has to wait for a call of a library that hangs."""
+        if peer in self.without:
+            return None
+
+        def ring(*_) -> None:
+            raise TooSlow(f"not done after {self.limit:g} s")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, self.limit)
         try:
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        except Exception as problem:  # whatever a peer dies of
-            if name.startswith(OURS):
-                raise
-            tqdm.write(f"{label}, {name}: not available: {str(problem) or type(problem).__name__}", file=sys.stderr)
-            del seconds[name]
-            continue
-        seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            return call()
+        except (Exception, TooSlow) as problem:  # whatever a peer dies of
+            self.without.add(peer)
+            tqdm.write(f"{label}, {peer}: left out from here on: {str(problem) or type(problem).__name__}", file=sys.stderr)
+            return None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def medians(self, label: str, providers: dict[str, Callable[[], object]],
+                peers: dict[str, Callable[[], Callable[[], object] | None]] | None = None) -> dict[str, float]:
+        """Seconds of each provider: one call to warm up, then all in turn, `repeats` times. peers: what makes their calls, None
+        where they are not installed."""
+        clocks = {name: partial(timed, call) for name, call in providers.items()}
+        for name, prepare in (peers or {}).items():
+            if call := self.attempt(label, name, prepare):
+                clocks[name] = partial(self.attempt, label, name, partial(timed, call))
+        seconds: dict[str, list[float]] = {name: [] for name in clocks}
+        for name, clock in tqdm([*clocks.items()] * (self.repeats + 1), desc=label, leave=False):
+            seconds[name].append(clock())
+        return {name: statistics.median(values[1:]) for name, values in seconds.items() if name not in self.without}
 
 
 def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
@@ -85,12 +138,13 @@ def random_rows(model: Llama, rows: int, length: int) -> list[list[int]]:
 # --- Providers ---
 
 
-def ours(model: Llama, prompts: list[list[int]], rows: int) -> Callable[[], Samples]:
-    """Prefill of the prompts and `NEW` sampled tokens for each of `rows` rows; no token stops."""
-    owner = [r * len(prompts) // rows for r in range(rows)]
-    branches = Branches.of(owner, [PROMPT - 1] * rows, [prompts[i][-1:] for i in owner], model.device,
+def ours(model: Llama, prompts: list[list[int]], budgets: Tensor) -> Callable[[], Samples]:
+    """Prefill of the prompts and budgets[r] (R,) sampled tokens for each row; no token stops."""
+    R, sampling = len(budgets), Sampling(budgets.to(model.device), ())
+    owner = [r * len(prompts) // R for r in range(R)]
+    branches = Branches.of(owner, [PROMPT - 1] * R, [prompts[i][-1:] for i in owner], model.device,
                            torch.Generator().manual_seed(2))
-    return lambda: generate(model, prefill(model, prompts), branches, Sampling(NEW, ()), keep=False)
+    return lambda: generate(model, prefill(model, prompts), branches, sampling, keep=False)
 
 
 @torch.no_grad()
@@ -137,15 +191,15 @@ def continuous_batching(model: Llama, task: Countdown, prompts: list[list[int]])
     return call
 
 
-def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], **options) -> Callable[[], object] | None:
-    """`generate` of transformers with the same weights and the same sampling; None where it is not installed.
-    options: such as cache_implementation="static", with which it compiles on a GPU."""
+def hugging_face(model: Llama, task: Countdown, prompts: list[list[int]], new: int, **options) -> Callable[[], object] | None:
+    """`generate` of transformers with the same weights and the same sampling, `new` tokens for every row; None where it is not
+    installed. options: such as cache_implementation="static", with which it compiles on a GPU."""
     theirs = their_llama(model, task)
     if theirs is None:
         return None
     ids = torch.tensor(prompts, device=model.device)
     mask = torch.ones_like(ids)
-    return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, min_new_tokens=NEW,
+    return lambda: theirs.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new,
                                    pad_token_id=0, eos_token_id=None, **options)
 
 
@@ -181,7 +235,7 @@ def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     rows = len(prompts) * GROUP
-    sample, owner = ours(model, prompts, rows), torch.arange(len(prompts)).repeat_interleave(GROUP)
+    sample, owner = ours(model, prompts, torch.full((rows,), NEW)), torch.arange(len(prompts)).repeat_interleave(GROUP)
 
     def step() -> None:
         samples, device = sample(), model.device
@@ -226,40 +280,78 @@ def trl_steps(model: Llama, task: Countdown, prompts: list[list[int]], repeats: 
     return statistics.median(b - a for a, b in zip(ends, ends[1:]))
 
 
+def step_floor(model: Llama, rows: int, entries: float, copy: float, matmul: float) -> float:
+    """Least seconds of a decoding step: products read each weight once, or take as long as their arithmetic; then attention reads
+    `entries` cached tokens once. copy: bytes/s; matmul: FLOP/s.
+
+    A weight has the bytes of the type that is multiplied: bf16 on a GPU, because `mixed_precision` copies the fp32 weights once
+    and not in every step. A tied embedding counts once, as the head; the lines that are looked up, norms and biases don't."""
+    config, size = model.config, compute_dtype(model.device).itemsize
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values of a token
+    return max(weights * size / copy, 2 * rows * weights / matmul) + entries * cached * size / copy
+
+
+@torch.no_grad()
+def step_seconds(model: Llama, S: int, M: int, L: int, t: int, timing: Timing, label: str) -> float:
+    """Seconds of a decoding step for M rows of each of S prefixes of L random tokens, with t random tokens of their own. What
+    `generate` does once a call, such as recording the step, is left out of it."""
+    R, T, device = S * M, t + STEPS + 1, model.device  # one token more than is ever said: nobody finishes
+    segments = Segments(*(new_cache(model, S, L).normal_() for _ in "kv"), torch.arange(L, device=device).expand(S, L))
+    branches = Branches.of([r // M for r in range(R)], [L] * R, [[1]] * R, device, torch.Generator().manual_seed(2))
+    sampling, nothing = Sampling(T - 1, ()), torch.empty(0, 1, dtype=torch.int64, device=device)
+    rows, slots, head = Rows.of(branches, sampling), Slots(model, segments, branches, T, R, keep=False), model.head
+    for cache in (slots.keys, slots.values):
+        cache.normal_()
+    slots.reserve(T)
+    with mixed_precision(device), recording(lambda: decode(model, head, rows, slots, nothing, sampling), device) as step:
+        def steps() -> None:
+            rows.last.fill_(t)
+            for _ in range(STEPS):
+                step()
+
+        return timing.medians(label, {"step": steps})["step"] / STEPS
+
+
 # --- Tables ---
 
 
-def decode_rows(model: Llama, task: Countdown, batches: list[int], repeats: int) -> list[dict]:
+def decode_rows(model: Llama, task: Countdown, cases: dict[str, Tensor], timing: Timing) -> list[dict]:
+    """cases: by name, how many tokens each row says. No others count, though a peer may have to sample more."""
     rows = []
-    for batch in batches:
+    for case, budgets in cases.items():
+        batch, tokens, longest = len(budgets), int(budgets.sum()), int(budgets.max())
+        ragged = tokens < batch * NEW
         prompts = random_rows(model, batch, PROMPT)
         shared = prompts[: -(-batch // GROUP)]
         repeated = [shared[r * len(shared) // batch] for r in range(batch)]
-        providers = {"nanomrt": ours(model, shared, batch), "nanomrt, alone": ours(model, prompts, batch),
-                     "products": products(model, batch), "Hugging Face generate": hugging_face(model, task, repeated)}
+        providers = {"nanomrt": ours(model, shared, budgets), "nanomrt, alone": ours(model, prompts, budgets)}
+        peers = {GENERATE: partial(hugging_face, model, task, repeated, longest)}
+        if not ragged:
+            providers["products"] = products(model, batch)
         if model.device.type == "cuda":
-            static = hugging_face(model, task, repeated, cache_implementation="static")
-            providers["Hugging Face generate, static cache, compiled"] = static
-            providers["Hugging Face generate_batch"] = continuous_batching(model, task, repeated)
             providers["nanomrt, no CUDA graphs"] = launched(providers["nanomrt"])
-        seconds = medians({name: call for name, call in providers.items() if call}, repeats, f"decode, batch {batch}")
-        rows += [{"case": f"batch {batch}", "provider": name, "seconds": value, "tokens_per_second": batch * NEW / value,
-                  "times_nanomrt": value / seconds["nanomrt"], "share_of_floor": seconds["products"] / value}
+            peers[STATIC] = partial(peers[GENERATE], cache_implementation="static")
+            if not ragged:  # it knows no budgets of single rows
+                peers[PAGED] = partial(continuous_batching, model, task, repeated)
+        seconds = timing.medians(f"decode, {case}", providers, peers)
+        rows += [{"case": case, "provider": name, "seconds": value, "tokens_per_second": tokens / value,
+                  "times_nanomrt": value / seconds["nanomrt"], "share_of_floor": None if ragged else seconds["products"] / value}
                  for name, value in seconds.items()]
     return rows
 
 
-def fork_rows(model: Llama, count: int, repeats: int) -> list[dict]:
+def fork_rows(model: Llama, count: int, timing: Timing) -> list[dict]:
     traces = random_rows(model, count, TRACE)
     places = [(t, TRACE * (j + 1) // FORKS) for t in range(count) for j in range(FORKS)]
-    seconds = medians({"branches of the trace": forked(model, prefill(model, traces), places),
-                       "prefilled again": prefilled_again(model, traces, places)}, repeats, "forks")
+    seconds = timing.medians("forks", {"branches of the trace": forked(model, prefill(model, traces), places),
+                                       "prefilled again": prefilled_again(model, traces, places)})
     return [{"case": f"{count} x {FORKS} forks", "provider": name, "seconds": value,
              "tokens_per_second": len(places) * ANSWER / value, "times_nanomrt": value / seconds["branches of the trace"]}
             for name, value in seconds.items()]
 
 
-def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
+def step_rows(model: Llama, count: int, timing: Timing) -> list[dict]:
     """Traces and forced answers of an MRT step with `count` prompts."""
     R, prompts = count * GROUP, random_rows(model, count, PROMPT)
     owner, generator = [r // GROUP for r in range(R)], torch.Generator().manual_seed(3)
@@ -269,34 +361,82 @@ def step_rows(model: Llama, count: int, repeats: int) -> list[dict]:
     traces = lambda: generate(model, prefill(model, prompts), branches, sampling)
     places = [(r, PROMPT + EPISODE * (j + 1)) for r, n in enumerate(episodes.tolist()) for j in range(n)]
     answers = forked(model, traces().segments(), places)
-    seconds = medians({"traces": traces, "forced answers": answers}, repeats, "step")
+    seconds = timing.medians("step", {"traces": traces, "forced answers": answers})
     tokens = {"traces": EPISODE * int(episodes.sum()), "forced answers": len(places) * ANSWER}
     return [{"case": f"step of {R} traces, {len(places)} forks", "provider": name, "seconds": value,
              "tokens_per_second": tokens[name] / value, "times_nanomrt": value / seconds["traces"]}
             for name, value in seconds.items()]
 
 
-def grpo_rows(model: Llama, task: Countdown, count: int, repeats: int) -> list[dict]:
+def grpo_rows(model: Llama, task: Countdown, count: int, timing: Timing) -> list[dict]:
     prompts = random_rows(model, count, PROMPT)
-    seconds = medians({"nanomrt": grpo_step(model, prompts)}, repeats, "GRPO step")
-    try:
-        seconds["TRL GRPOTrainer"] = trl_steps(model, task, prompts, repeats)
-    except Exception as problem:  # whatever it dies of
-        print(f"TRL GRPOTrainer: not available: {problem}", file=sys.stderr)
+    seconds = timing.medians("GRPO step", {"nanomrt": grpo_step(model, prompts)})
+    seconds[TRL] = timing.attempt("GRPO step", TRL, partial(trl_steps, model, task, prompts, timing.repeats))
     return [{"case": f"GRPO step of {count * GROUP} rollouts", "provider": name, "seconds": value,
              "tokens_per_second": count * GROUP * NEW / value, "times_nanomrt": value / seconds["nanomrt"]}
             for name, value in seconds.items() if value]
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| case | provider | ms | tokens/s | x our time |", "|---|---|---|---|---|"]
-    lines += [f"| {row['case']} | {row['provider']} | {1e3 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | "
-              f"{row['times_nanomrt']:.2f} |" for row in rows]
-    return "\n".join(lines)
+def roofline_rows(config: ModelConfig, device: str, shapes: list[tuple[int, int, int, int]], timing: Timing) -> list[dict]:
+    """shapes: prefixes, rows of each, tokens of a prefix, tokens of a row's own. Rows that share are also measured with nothing
+    shared, against the same floor, if there is room for it."""
+    copy, matmul = (row["value"] for row in machine(device, compute_dtype(torch.device(device)), 10, 30))
+    with torch.device(device):
+        model = Llama(config)  # whatever the weights are
+    rows = []
+    for S, M, L, t in shapes:
+        case, R, seconds = f"roofline, {S} x {M} rows, {L} + {t} tokens", S * M, {}
+        floor = step_floor(model, R, S * L + R * (t + (STEPS + 1) / 2), 1e9 * copy, 1e12 * matmul)  # a new token is read, too
+        try:
+            seconds["nanomrt"] = step_seconds(model, S, M, L, t, timing, case)
+            if M > 1:
+                seconds["nanomrt, nothing shared"] = step_seconds(model, R, 1, L, t, timing, f"{case}, nothing shared")
+        except torch.OutOfMemoryError:
+            print(f"{case}: no room for {'more' if seconds else 'it'}", file=sys.stderr)
+        rows += [{"case": case, "provider": name, "seconds": value, "tokens_per_second": R / value,
+                  "times_nanomrt": value / seconds["nanomrt"], "share_of_floor": floor / value, "goal": GOALS.get(R),
+                  "copy_gbs": copy, "matmul_tflops": matmul} for name, value in seconds.items()]
+    return rows
+
+
+COLUMNS = {
+    "case": lambda row: row["case"],
+    "provider": lambda row: row["provider"],
+    "ms": lambda row: f"{1e3 * row['seconds']:.2f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "x our time": lambda row: f"{row['times_nanomrt']:.2f}",
+    "of the floor": lambda row: f"{row['share_of_floor']:.0%}",
+    "goal": lambda row: "{:.0%} / {:.0%}".format(*row["goal"]),
+}
+
+
+# --- The program ---
+
+
+def processor() -> str:
+    """The CPU's model, where Linux says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are timed here and installed; none is imported for it."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers", "trl"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def main(argv: list[str]) -> Path:
     parser = argparse.ArgumentParser(prog="python -m nanomrt.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", choices=PARTS, help="one part (default: all)")
+    parser.add_argument("--without", nargs="+", choices=PEERS, default=[], metavar="PEER",
+                        help=f"peers to leave out, of: {'; '.join(PEERS)}")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a peer may take for a call, compiling in the first "
+                        "one too, and a trainer for all its steps: then it is interrupted, or, where that can't be done, waited "
+                        "for, and in either case not called again (0: no limit)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: everything but the figures")
     parser.add_argument("--repeats", type=int, default=7, help="calls of each provider, of which the median counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
@@ -305,22 +445,31 @@ def main(argv: list[str]) -> Path:
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, dry = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"), arguments.dry_run
+    chosen = [part for part in PARTS if arguments.only in (None, part) and (part != "roofline" or device == "cuda" or dry)]
+    if not chosen:
+        parser.error("the roofline needs a CUDA device; with --dry-run a tiny model walks through it without one")
     task = Countdown(RunConfig())
-    model = small_llama(task, device)
-    batches, count, repeats = ([1, 2], 2, 1) if arguments.dry_run else ([1, 64, 384], 64, arguments.repeats)
+    model, timing = small_llama(task, device), Timing(1 if dry else arguments.repeats, arguments.limit, set(arguments.without))
+    batches, count, half = ([2], 2, 1) if dry else ([1, 64, 256, 384], 64, 32)
+    cases = {f"batch {batch}": torch.full((batch,), NEW) for batch in batches}
+    cases[f"batch {batches[-1]}, ragged"] = torch.randint(1, NEW + 1, batches[-1:], generator=torch.Generator().manual_seed(4))
+    shapes = [(2, 1, 8, 0), (2, 3, 8, 4)] if dry else [(1, 1, 1024, 0), (64, 1, 1024, 0), (256, 1, 1024, 0), (256, 1, 4096, 0),
+                                                       (64, 16, 4096, 256)]
     home = Path(__file__).parents[1] / "results"
-    folder = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if arguments.dry_run else home)
+    folder = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if dry else home)
     folder.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
-    path = folder / f"sampler-{machine}.json"
-    found = {"rows": [], "torch": torch.__version__, "commit": commit(), "machine": machine, "cores": os.cpu_count(),
-             "python": platform.python_version()}
-    for part in (partial(decode_rows, model, task, batches, repeats), partial(fork_rows, model, count, repeats),
-                 partial(step_rows, model, -(-count // 2), repeats), partial(grpo_rows, model, task, -(-count // 2), repeats)):
-        found["rows"] += part()
+    name = torch.cuda.get_device_name().replace(" ", "-").lower() if device == "cuda" else f"cpu{torch.get_num_threads()}"
+    path = folder / f"{'-'.join(filter(None, ['sampler', name, arguments.only]))}.json"
+    found = {"rows": [], "versions": versions(), "commit": commit(), "machine": name, "processor": processor(),
+             "cores": os.cpu_count()}
+    parts = {"decode": partial(decode_rows, model, task, cases), "forks": partial(fork_rows, model, count),
+             "step": partial(step_rows, model, half), "grpo": partial(grpo_rows, model, task, half),
+             "roofline": partial(roofline_rows, TINY if dry else QWEN_1_5B, device, shapes)}
+    for part in chosen:
+        found["rows"] += parts[part](timing)
         write_json(path, found)  # what is measured stays, whatever comes next
-    print(table(found["rows"]))
+    print(table(found["rows"], COLUMNS))
     return path
 
 

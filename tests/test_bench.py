@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+import kernels
+from data.countdown import Countdown
 from kernels import bench
 from kernels import profile as step_profile
 from nanomrt import bench as sampler_bench
-from nanomrt.config import UserError
+from nanomrt.config import RunConfig, UserError
 from nanomrt.model import Llama
 
 
@@ -166,11 +169,24 @@ def test_out_may_not_be_a_file(tmp_path):
 def test_dry_run_of_the_sampler(tmp_path, capsys):
     """Every provider that runs here is a row in the file and on the screen; products are the floor."""
     path = sampler_bench.main(["--dry-run", "--threads", "1", "--device", "cpu", "--out", str(tmp_path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert {row["provider"] for row in rows} >= {"nanomrt", "products", "branches of the trace", "traces", "forced answers"}
+    saved = json.loads(path.read_text())
+    rows, shown = saved["rows"], capsys.readouterr().out
+    assert {row["provider"] for row in rows} >= {"nanomrt", "products", "branches of the trace", "traces", "forced answers",
+                                                 "nanomrt, nothing shared"}
     assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in rows)
-    assert all(row["share_of_floor"] == 1 for row in rows if row["provider"] == "products")
-    assert capsys.readouterr().out.count("\n") == len(rows) + 2
+    assert all(row["share_of_floor"] == 1 for row in rows if row["provider"] == "products") and " 100% " in shown
+    assert shown.count("\n") == len(rows) + 2
+    assert torch.__version__.startswith(saved["versions"]["torch"]) and saved["processor"] == sampler_bench.processor()
+
+
+def test_one_part_of_the_sampler(tmp_path, capsys):
+    """It has a file of its own; the roofline has none where it would take a CPU hours."""
+    options = ["--device", "cpu", "--out", str(tmp_path), "--only"]
+    assert sampler_bench.main(["--dry-run", *options, "forks"]).name.endswith("-forks.json")
+    assert capsys.readouterr().out.count("2 x 12 forks") == 2
+    with pytest.raises(SystemExit, match="2"):
+        sampler_bench.main([*options, "roofline"])
+    assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_dry_run_of_the_profile(tmp_path, capsys):
@@ -228,14 +244,104 @@ def test_the_forward_pass_of_an_operator_of_ours_counts_as_its_own():
 
 
 def test_a_peer_that_fails_loses_no_figures(capsys):
-    """It is left out and named; a failure of ours is one."""
+    """It is left out and named, whether it fails in a call or before; a failure of ours is one."""
     def fails() -> None:
         raise RuntimeError("no such op")
 
-    seconds = sampler_bench.medians({"nanomrt": lambda: None, "peer": fails}, 2, "batch 1")
-    assert list(seconds) == ["nanomrt"] and "batch 1, peer: not available: no such op" in capsys.readouterr().err
+    timing = sampler_bench.Timing(2)
+    seconds = timing.medians("batch 1", {"nanomrt": lambda: None}, {"a": lambda: fails, "b": fails, "absent": lambda: None})
+    assert list(seconds) == ["nanomrt"] and timing.without == {"a", "b"}
+    lines = capsys.readouterr().err
+    assert all(f"batch 1, {name}: left out from here on: no such op" in lines for name in "ab") and "absent" not in lines
     with pytest.raises(RuntimeError, match="no such op"):
-        sampler_bench.medians({"nanomrt, alone": fails}, 2, "batch 1")
+        timing.medians("batch 1", {"nanomrt, alone": fails})
+
+
+def test_a_slow_peer_is_called_once(capsys):
+    """It is interrupted, even if it takes the interruption for a failure of its own; ours has as much time as it needs."""
+    calls = []
+
+    def slow() -> None:
+        calls.append("slow")
+        try:
+            time.sleep(5)
+        except Exception:
+            time.sleep(5)
+
+    timing, began = sampler_bench.Timing(1, limit=0.2), time.monotonic()
+    for label in ("batch 1", "batch 2"):
+        seconds = timing.medians(label, {"nanomrt": lambda: time.sleep(0.22)}, {"slow": lambda: slow, "fast": lambda: int})
+        assert list(seconds) == ["nanomrt", "fast"] and seconds["nanomrt"] > 0.2
+    assert calls == ["slow"] and time.monotonic() - began < 5
+    assert capsys.readouterr().err.count("batch 1, slow: left out from here on: not done after 0.2 s") == 1
+
+
+def test_peers_can_be_left_out(monkeypatch, capsys, tmp_path):
+    """By name, and then nothing of theirs is loaded; a name that nobody has is an error."""
+    def loads(*_, **__):
+        raise RuntimeError("loaded")
+
+    for name in ("their_llama", "trl_steps"):
+        monkeypatch.setattr(sampler_bench, name, loads)
+    monkeypatch.setattr(sampler_bench, "grpo_step", lambda *_: int)
+    options = ["--dry-run", "--device", "cpu", "--out", str(tmp_path), "--only", "grpo"]
+    sampler_bench.main(options)
+    assert "TRL GRPOTrainer: left out from here on: loaded" in capsys.readouterr().err
+    sampler_bench.main([*options, "--without", "TRL GRPOTrainer", "Hugging Face generate"])
+    assert "loaded" not in capsys.readouterr().err
+    timing = sampler_bench.Timing(1, without={"Hugging Face generate"})
+    task = Countdown(RunConfig())
+    sampler_bench.decode_rows(sampler_bench.small_llama(task, "cpu"), task, {"": torch.tensor([1])}, timing)
+    assert "loaded" not in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        sampler_bench.main([*options, "--without", "Hugging Face"])
+    assert "invalid choice: 'Hugging Face' (choose from" in capsys.readouterr().err
+
+
+def test_ragged_rows_count_their_own_tokens(monkeypatch):
+    """And `generate` has to go on to the longest; a floor for all rows would be none for these."""
+    task, asked = Countdown(RunConfig()), []
+    model, budgets = sampler_bench.small_llama(task, "cpu"), torch.tensor([3, 1, 5])
+    monkeypatch.setattr(sampler_bench, "hugging_face", lambda *arguments: asked.append(arguments[-1]) or int)
+    rows = sampler_bench.decode_rows(model, task, {"ragged": budgets}, sampler_bench.Timing(1))
+    assert [row["provider"] for row in rows] == ["nanomrt", "nanomrt, alone", "Hugging Face generate"] and asked == [5]
+    assert all(row["tokens_per_second"] * row["seconds"] == pytest.approx(9) for row in rows)
+    assert all(row["share_of_floor"] is None for row in rows)
+    samples = sampler_bench.ours(model, sampler_bench.random_rows(model, 1, sampler_bench.PROMPT), budgets)()
+    assert samples.is_action.sum(1).tolist() == [3, 1, 5]
+
+
+def test_the_floor_of_a_decoding_step():
+    """One layer by hand, fp32: few rows are bound by the weights' bytes, many by arithmetic, and the cache comes on top."""
+    model = Llama(replace(step_profile.TINY, num_hidden_layers=1))
+    C, F, V, H, K, D = 32, 64, 118, 2, 1, 16
+    weights = C * H * D + 2 * C * K * D + H * D * C + 3 * C * F + V * C
+    token = 4 * 2 * K * D
+    floor = lambda rows: sampler_bench.step_floor(model, rows, 10, copy=1e3, matmul=1e4)
+    assert floor(1) == pytest.approx((4 * weights + 10 * token) / 1e3)
+    assert floor(100) == pytest.approx(2 * 100 * weights / 1e4 + 10 * token / 1e3)
+
+
+def test_a_step_of_the_roofline_sees_its_contexts(monkeypatch):
+    """Each of STEPS steps attends to the whole prefix and to a suffix that grows by one, and nobody finishes; what is counted is
+    what is read."""
+    seen, read = [], []
+    attend = kernels.branch_attention
+
+    def watched(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length):
+        seen.append((unseen == 0).sum(-1).flatten()[place] + length)
+        read.append(prefix_k.shape[0] * prefix_k.shape[2] + int(length.sum()))
+        return attend(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length)
+
+    monkeypatch.setattr(kernels, "branch_attention", watched)
+    S, M, L, t, steps = 2, 3, 20, 4, sampler_bench.STEPS
+    model = Llama(replace(step_profile.TINY, num_hidden_layers=1))
+    sampler_bench.step_seconds(model, S, M, L, t, sampler_bench.Timing(1), "")
+    assert [rows.tolist() for rows in seen] == 2 * [[L + t + i + 1] * (S * M) for i in range(steps)]
+    asked = []
+    monkeypatch.setattr(sampler_bench, "step_floor", lambda model, rows, entries, *_: asked.append(entries) or 1.0)
+    sampler_bench.roofline_rows(step_profile.TINY, "cpu", [(S, M, L, t)], sampler_bench.Timing(1))
+    assert asked == [sum(read[:steps]) / steps]
 
 
 def test_the_profile_needs_a_gpu(monkeypatch):
