@@ -19,7 +19,7 @@ bits do not depend on its neighbours in the pack either:
 
        keys  0   1   2   3
     queries 0 [x] .   .   .      x  on the diagonal: masked, and rows past the sequence's end are read as zeros
-            1 [o] x   .   .      o  wholly visible: no mask, and the copy engine (TMA) loads it on sm_90 and later
+            1 [o] x   .   .      o  wholly visible: no mask, and on sm_90 and sm_100 the copy engine (TMA) loads it
             2 [o] o   x   .      .  never visited
             3 [o] o   o   x      [ ] forward and dQ walk along a row; dK and dV own a column and walk down
 
@@ -75,6 +75,21 @@ def store_rows(pointer, stride, row, end, column, tile, ROWS: tl.constexpr, D: t
 
 
 @triton.jit
+def bounds(cu_seqlens):
+    """Where this program's sequence starts and ends. The last row of a grid has none, and stands behind all of them."""
+    b, B = tl.program_id(1), tl.num_programs(1) - 1
+    return tl.load(cu_seqlens + b).to(tl.int32), tl.load(cu_seqlens + min(b + 1, B)).to(tl.int32)
+
+
+@triton.jit
+def clear_tail(pointer, stride, row, N, column, ROWS: tl.constexpr, D: tl.constexpr):
+    """Zeros from `row` on, by the programs of the grid's last row: nobody else writes to tokens behind the last sequence."""
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        for first in tl.range(row + tl.program_id(2) * ROWS, N, tl.num_programs(2) * ROWS):
+            store_rows(pointer, stride, first, N, column, tl.zeros([ROWS, D], tl.float32), ROWS, D)
+
+
+@triton.jit
 def absorb(m, l, o, q, k, v, first, key, end, column, scale, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
            DIAGONAL: tl.constexpr):
     """One tile of keys into the running softmax of a tile of queries."""
@@ -95,10 +110,10 @@ def absorb(m, l, o, q, k, v, first, key, end, column, scale, BM: tl.constexpr, B
 def forward_kernel(q, k, v, k_desc, v_desc, out, lse, cu_seqlens, q_stride, k_stride, v_stride, N, scale,
                    G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     head, H = tl.program_id(0), tl.num_programs(0)
-    start = tl.load(cu_seqlens + tl.program_id(1)).to(tl.int32)
-    end = tl.load(cu_seqlens + tl.program_id(1) + 1).to(tl.int32)
+    start, end = bounds(cu_seqlens)
     first = start + (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # the last tiles have most keys: they go first
     if first >= end:
+        clear_tail(out, H * D, end, N, head * D, BM, D)
         return
     k_rows, v_rows, column = (k, k_stride, k_desc), (v, v_stride, v_desc), head // G * D
     tile = load_rows((q, q_stride, None), first, end, head * D, BM, D, True)
@@ -131,10 +146,10 @@ def dq_kernel(q, k, v, k_desc, v_desc, out, grad, lse, delta, dq, cu_seqlens, q_
               G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dQ, along a row as in the forward pass; writes delta (4) on the way, for the other kernel."""
     head, H = tl.program_id(0), tl.num_programs(0)
-    start = tl.load(cu_seqlens + tl.program_id(1)).to(tl.int32)
-    end = tl.load(cu_seqlens + tl.program_id(1) + 1).to(tl.int32)
+    start, end = bounds(cu_seqlens)
     first = start + (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
     if first >= end:
+        clear_tail(dq, H * D, end, N, head * D, BM, D)
         return
     k_rows, v_rows, column = (k, k_stride, k_desc), (v, v_stride, v_desc), head // G * D
     queries, of_head = first + tl.arange(0, BM), head.to(tl.int64) * N
@@ -176,10 +191,11 @@ def dkdv_kernel(q, k, v, q_desc, grad_desc, grad, lse, delta, dk, dv, cu_seqlens
                 G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dK and dV of a tile of keys: down its column, for each of the G query heads that share it."""
     shared, K = tl.program_id(0), tl.num_programs(0)
-    start = tl.load(cu_seqlens + tl.program_id(1)).to(tl.int32)
-    end = tl.load(cu_seqlens + tl.program_id(1) + 1).to(tl.int32)
+    start, end = bounds(cu_seqlens)
     first = start + tl.program_id(2) * BN  # the first tiles are seen by most queries: they go first
     if first >= end:
+        clear_tail(dk, K * D, end, N, shared * D, BN, D)
+        clear_tail(dv, K * D, end, N, shared * D, BN, D)
         return
     q_rows, grad_rows = (q, q_stride, q_desc), (grad, K * G * D, grad_desc)
     tile_k = load_rows((k, k_stride, None), first, end, shared * D, BN, D, True)
@@ -205,6 +221,8 @@ def dkdv_kernel(q, k, v, q_desc, grad_desc, grad, lse, delta, dk, dv, cu_seqlens
 
 # --- Host code ---
 
+LONGEST = 65_535 * 16  # tokens that the tiles of a grid's third axis reach: none has fewer than 16 rows
+
 
 class Tile(NamedTuple):
     BM: int
@@ -227,7 +245,7 @@ TILES = {
         "dkdv": {16: (32, 128, 8, 2), 32: (32, 128, 8, 2), 64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     },
     "fp32": {  # exact products on the ordinary cores: for checks, not for speed. dq of head dim 256 spills in any tile
-        "forward": {16: (64, 32, 8, 1), 32: (64, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+        "forward": {16: (64, 32, 8, 1), 32: (32, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "dq": {16: (32, 16, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
         "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 2), 64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
@@ -256,7 +274,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     out, lse, tile = q.new_empty(N, H, D), q.new_empty(H, N, dtype=torch.float32), tile_of("forward", q)
     if N:
-        forward_kernel[H, len(cu_seqlens) - 1, triton.cdiv(max_seqlen, tile.BM)](
+        forward_kernel[H, len(cu_seqlens), triton.cdiv(max_seqlen, tile.BM)](
             q, k, v, descriptor(k, tile.BN, D), descriptor(v, tile.BN, D), out, lse, cu_seqlens,
             q.stride(0), k.stride(0), v.stride(0), N, scale * LOG2E, G=H // K, D=D, **tile._asdict())
     return out, lse
@@ -266,17 +284,17 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
 def attention_backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, cu_seqlens: Tensor,
                        max_seqlen: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """dQ (N,H,D), dK and dV (N,K,D)."""
-    (N, H, D), K, B = q.shape, k.shape[1], len(cu_seqlens) - 1
+    (N, H, D), K = q.shape, k.shape[1]
     q, k, v, grad = rows_of(q), rows_of(k), rows_of(v), rows_of(grad.contiguous())
     dq, dk, dv, delta = q.new_empty(N, H, D), k.new_empty(N, K, D), v.new_empty(N, K, D), torch.empty_like(lse)
     shared = (cu_seqlens, q.stride(0), k.stride(0), v.stride(0), N, scale * LOG2E)
     if N:
         tile = tile_of("dq", q)
-        dq_kernel[H, B, triton.cdiv(max_seqlen, tile.BM)](
+        dq_kernel[H, len(cu_seqlens), triton.cdiv(max_seqlen, tile.BM)](
             q, k, v, descriptor(k, tile.BN, D), descriptor(v, tile.BN, D), out, grad, lse, delta, dq, *shared,
             G=H // K, D=D, **tile._asdict())
         tile = tile_of("dkdv", q)
-        dkdv_kernel[K, B, triton.cdiv(max_seqlen, tile.BN)](
+        dkdv_kernel[K, len(cu_seqlens), triton.cdiv(max_seqlen, tile.BN)](
             q, k, v, descriptor(q, tile.BM, D), descriptor(grad, tile.BM, D), grad, lse, delta, dk, dv, *shared,
             G=H // K, D=D, **tile._asdict())
     return dq, dk, dv
@@ -310,17 +328,27 @@ attention_forward.register_autograd(_differentiate, setup_context=_save)
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D).
 
-    fp16, bf16 or fp32; sequence b is tokens cu_seqlens[b] … cu_seqlens[b+1]-1, may be empty, and is not longer than
-    max_seqlen; the last one ends at N. A head dim that is no power of two is filled up with zeros, which costs a copy.
-    Raises ValueError for more than 65,535 sequences or a head dim over 256.
+    All of one type, fp16, bf16 or fp32; sequence b is tokens cu_seqlens[b] … cu_seqlens[b+1]-1, may be empty, and is not longer
+    than max_seqlen. Tokens behind the last one have zeros for results and gradients. A head dim that is no power of two is filled
+    up with zeros, which costs a copy. Raises ValueError for other types, shapes that don't fit, more than 65,534 sequences, one
+    that may be longer than LONGEST, and a head dim over 256.
     """
-    D, B = q.shape[2], len(cu_seqlens) - 1
+    (N, H, D), K, B = q.shape, k.shape[1], len(cu_seqlens) - 1
+    if H % K:
+        raise ValueError(f"{H} query heads can't share {K} key/value heads: H must be a multiple of K")
+    if not k.shape == v.shape == (N, K, D):
+        raise ValueError(f"q {tuple(q.shape)} needs k and v ({N}, K, {D}), not {tuple(k.shape)} and {tuple(v.shape)}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: cast them to one of float16, bfloat16 and float32")
     if D > 256:
         raise ValueError(f"head_dim={D} is over 256, the largest that the attention kernel has tiles for")
-    if B > 65_535:
-        raise ValueError(f"{B} sequences in one pack, at most 65,535: lower micro_batch_tokens")
+    if not 1 <= B <= 65_534:  # rows of a grid, but for the one behind them
+        raise ValueError(f"{B} sequences in one pack, which holds 1 to 65,534: lower micro_batch_tokens")
+    if max_seqlen > LONGEST:
+        raise ValueError(f"max_seqlen={max_seqlen} is over {LONGEST}, as far as a grid's tiles reach: pass the longest length")
     fill = max(16, triton.next_power_of_2(D)) - D
     if fill:
         q, k, v = (F.pad(x, (0, fill)) for x in (q, k, v))
-    out, _ = attention_forward(q, k, v, cu_seqlens.contiguous(), max_seqlen, D**-0.5)
+    longest = max(max_seqlen, 1)  # a tail alone needs a program, too
+    out, _ = attention_forward(q, k, v, cu_seqlens.contiguous(), longest, D**-0.5)
     return out[..., :D]

@@ -18,7 +18,10 @@ Backward, for upstream gradients g of log p and e of the entropy, recomputes the
     (6) dz_v = (g [v=y] - p_v (g + e (ln p_v + entropy))) / T
     (7) dhidden = sum over chunks of dz @ weight           (8) dweight[chunk] = dz' @ hidden
 
-(6) is written in the precision of the inputs into a workspace of at most WORKSPACE bytes; (7) and (8) are library products.
+(6) is written in the precision of the inputs, b bytes a number; (7) and (8) are library products in fp32. Neither dz, (N,chunk),
+nor the product of (8), (chunk,C), takes more than WORKSPACE bytes, unless 256 tokens do:
+
+    (9) chunk = WORKSPACE / max(b N, 4 C)                  in steps of 256
 
         vocabulary  |  split 0  |  split 1  |  …           forward: a program owns BM rows of one split and walks to the right
     rows   BM  [o o o o o] [o o o o o]                     o: one BM x BV tile of logits, C/BK products deep, gone once absorbed
@@ -26,8 +29,9 @@ Backward, for upstream gradients g of log p and e of the entropy, recomputes the
 
 `token_loss` is the one-pass mode: a policy-gradient loss is a function of each token's log p alone, so g and e are known as soon
 as a few thousand tokens have theirs. It keeps those tokens' logits (in fp16: bf16 would cost 4 % of p at |z| = 20), turns them
-into dz in place and multiplies on: 6 N V C operations instead of 8, for 6 % less time on an H100 (N 16,384, C 1536, V 151,936).
-Training doesn't use it: `train.update` also logs the entropy.
+into dz in place and multiplies on: 6 N V C operations instead of 8, for 6 % less time on an H100 (N 16,384, C 1536, V 151,936,
+2,048 tokens at a time; this WORKSPACE has room for 1,664). Training doesn't use it: `train.update` makes its loss of log-probs
+behind the head, on any device, and doesn't hand it in.
 
 Left out: bias, soft capping, label smoothing. Dimension key: N rows, C width, V vocabulary.
 """
@@ -43,8 +47,8 @@ from torch import Tensor
 from kernels.hardware import LN2, LOG2E, descriptor, tiles_for
 
 SPLITS = 8  # of the vocabulary; fixed, or a row's bits would depend on the batch
-WORKSPACE = 512 * 1024**2  # bytes of dz at a time
-ONE_PASS_ROWS = 2048  # tokens whose logits are kept until their loss is known
+WORKSPACE = 512 * 1024**2  # bytes of a temporary: dz or stored logits, and the fp32 product of (8)
+ONE_PASS_ROWS = 2048  # tokens whose logits are kept until their loss is known; fewer if these take more than WORKSPACE
 
 
 # --- Device code ---
@@ -176,6 +180,20 @@ def tile_of(x: Tensor, stored: bool = False) -> Tile:
     return TILES["blackwell" if stored and table == "hopper" else table]
 
 
+def check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Raises ValueError for what the kernels would misread."""
+    (N, C), shapes = hidden.shape, (tuple(weight.shape), tuple(targets.shape))
+    if shapes != ((len(weight), C), (N,)):
+        raise ValueError(f"hidden ({N}, {C}) needs weight (V, {C}) and targets ({N},), not {shapes[0]} and {shapes[1]}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast both to one of float16, bfloat16 and float32")
+
+
+def at_a_time(most: int, row_bytes: int, step: int) -> int:
+    """How many rows fit into WORKSPACE: a multiple of `step`, at least one step, and no more than hold `most` rows."""
+    return max(min(WORKSPACE // row_bytes // step, triton.cdiv(most, step)), 1) * step
+
+
 def matrix(x: Tensor) -> Tensor:
     """x with its rows where the copy engine can find them: 16 bytes apart, or a multiple of that; copied if they are not."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
@@ -234,7 +252,7 @@ def logprobs_backward(hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tens
     hidden, weight = matrix(hidden), matrix(weight)
     dhidden = torch.zeros((N if need_hidden else 0, C), dtype=torch.float32, device=hidden.device)
     dweight = weight.new_zeros(V if need_weight else 0, C)
-    chunk = min(max(WORKSPACE // max(N * hidden.element_size(), 1) // 256, 1), triton.cdiv(V, 256)) * 256  # tokens at a time
+    chunk = at_a_time(V, max(N * hidden.element_size(), 4 * C), 256)  # (9)
     workspace = hidden.new_empty(N, chunk)
     for first in range(0, V if N else 0, chunk):
         part = slice(first, min(first + chunk, V))
@@ -279,9 +297,10 @@ logprobs_forward.register_autograd(_differentiate, setup_context=_save)
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy of softmax(hidden @ weight.T / temperature), both (N,) in fp32.
 
-    hidden (N,C) and weight (V,C) of one type, fp16, bf16 or fp32; targets (N,) int64. log p of a target outside of the
-    vocabulary is NaN: checking would have to wait for the device.
+    hidden (N,C) and weight (V,C) of one type, fp16, bf16 or fp32; targets (N,) int64. Raises ValueError for other types and
+    shapes; log p of a target outside of the vocabulary is NaN: checking would have to wait for the device.
     """
+    check(hidden, weight, targets)
     logprob, entropy, _ = logprobs_forward(hidden, weight, targets.contiguous(), temperature)
     return logprob, entropy
 
@@ -295,9 +314,10 @@ def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     """The sum of `loss_of` over parts of the rows, and each row's log p and entropy (N,), without gradient.
 
     Like `loss_of(*token_logprobs(…), slice(0, N))`, if that is a sum over tokens: each token's part may depend on its own log p
-    and entropy only. It is called under autograd, once per ONE_PASS_ROWS tokens. The gradients of hidden and weight are
-    complete when this returns.
+    and entropy only. It is called under autograd, once per ONE_PASS_ROWS tokens, or fewer if their logits wouldn't fit into
+    WORKSPACE. The gradients of hidden and weight are complete when this returns.
     """
+    check(hidden, weight, targets)
     return _OnePass.apply(hidden, weight, targets.contiguous(), temperature, loss_of)
 
 
@@ -310,9 +330,11 @@ class _OnePass(torch.autograd.Function):
         dweight = torch.zeros((V if need_weight else 0, C), dtype=torch.float32, device=h.device)
         loss, logprob, entropy = (torch.zeros(size, dtype=torch.float32, device=h.device) for size in ((), N, N))
         half = torch.float32 if dtype == torch.float32 else torch.float16
-        buffer = torch.empty(min(N, ONE_PASS_ROWS), triton.cdiv(V, 16) * 16, dtype=half, device=h.device)
-        for first in range(0, N, ONE_PASS_ROWS):
-            rows = slice(first, min(first + ONE_PASS_ROWS, N))
+        width = triton.cdiv(V, 16) * 16
+        count = at_a_time(ONE_PASS_ROWS, width * half.itemsize, 128)
+        buffer = torch.empty(min(N, count), width, dtype=half, device=h.device)
+        for first in range(0, N, count):
+            rows = slice(first, min(first + count, N))
             z = buffer[: rows.stop - first]
             logprob[rows], entropy[rows], lse = statistics(h[rows], w, targets[rows], temperature, z)
             with torch.enable_grad():
@@ -324,7 +346,7 @@ class _OnePass(torch.autograd.Function):
             write_dz(dz, h[rows], w, targets[rows], lse, entropy[rows], g.contiguous(), e.contiguous(), temperature, 0, z)
             if need_hidden:
                 dhidden[rows] = product(dz, w)  # (7)
-            for columns in torch.arange(V).split(16_384) if need_weight else ():  # (8), in parts: its product is fp32
+            for columns in torch.arange(V).split(at_a_time(16_384, 4 * C, 256)) if need_weight else ():  # (8): fp32, in parts
                 part = slice(int(columns[0]), int(columns[-1]) + 1)
                 dweight[part] += product(dz[:, part].T, h[rows])
         ctx.save_for_backward(dhidden, dweight.to(weight.dtype))

@@ -137,9 +137,9 @@ def main(argv: list[str]) -> int:
     packed = Packed.of(torch.tensor(lengths, device=device))
     run = lambda: training_step(model, drawn, packed)
 
-    ms = wall_clock(run, device, 2 if args.dry_run else 10)
+    ms = wall_clock(run, device, 1 if args.dry_run else 10)
     rows = by_operation(run, device)
-    copy, matmul = (row["value"] for row in machine(device, dtype, *((2, 2) if args.dry_run else (10, 30))))
+    copy, matmul = (row["value"] for row in machine(device, dtype, *((1, 1) if args.dry_run else (10, 30))))
     busy = sum(row["ms"] for row in rows)
     groups = [{"group": group, "ms": sum(row["ms"] for row in rows if row["group"] == group)} for group in GROUPS]
     other = sum(row["ms"] for row in groups if row["group"] not in PRODUCTS)

@@ -13,6 +13,8 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D)."""
     (N, H, _), K = q.shape, k.shape[1]
+    if H % K:
+        raise ValueError(f"{H} query heads can't share {K} key/value heads: H must be a multiple of K")
     starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B,1)
     step = torch.arange(max_seqlen, device=q.device)  # (T,)
     # Padding repeats some real token; it lies after every real key of its row, so the causal mask hides it.
@@ -20,7 +22,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     pad = lambda x: x.index_select(0, take.flatten()).unflatten(0, take.shape).transpose(1, 2)  # (B,·,T,D)
     k, v = (pad(x).repeat_interleave(H // K, dim=1) for x in (k, v))  # (B,H,T,D)
     out = F.scaled_dot_product_attention(pad(q), k, v, is_causal=True).transpose(1, 2)  # (B,T,H,D)
-    return out.flatten(0, 1).index_select(0, (step < lengths).flatten().nonzero().squeeze(1))  # (N,H,D)
+    out = out.flatten(0, 1).index_select(0, (step < lengths).flatten().nonzero().squeeze(1))  # (N,H,D) but for a tail
+    tail = N - int(cu_seqlens[-1])  # tokens behind the last sequence: zeros
+    return F.pad(out, (0, 0, 0, 0, 0, tail)) if tail else out
 
 
 def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,

@@ -41,7 +41,8 @@ def triton_processes(request, tmp_path_factory) -> Iterator[dict[str, tuple[subp
     started, tests = {}, Path(__file__).parent
     for name in TRITON if any(item.path.name == "test_triton.py" for item in request.session.items) else ():
         output = tmp_path_factory.mktemp("output") / "all"
-        command = [sys.executable, "-m", "pytest", tests / name, "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", tests / name, "-m", "not rare", "--tb=short", "--color=no",
+                   "-p", "no:cacheprovider"]
         environment = {**os.environ, **ONE_THREAD, "TRITON_INTERPRET": TRITON[name], "PYTEST_ADDOPTS": ""}
         with output.open("w") as file:
             started[name] = subprocess.Popen(command, cwd=tests.parent, env=environment, stdout=file, stderr=file), output

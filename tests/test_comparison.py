@@ -67,6 +67,22 @@ def test_few_seeds_do_not_look_surer_than_they_are(S, monkeypatch):
     assert resampled.var(axis=1).mean() == pytest.approx(1 / S, rel=0.15)
 
 
+@pytest.mark.parametrize("S, covered", [(2, [0.95, 0.90, 1 / 2]), (3, [0.95, 0.92, 3 / 4]), (5, [0.95, 0.93, 0.86])])
+def test_how_often_an_interval_covers_the_truth(S, covered, monkeypatch):
+    """95 % if seeds have no share in the variance of the mean, little less at a half. If it is theirs alone, the interval of 2 or
+    3 seeds reaches from the worst of them to the best and covers in 1 - 2/2^S of all cases, and 5 are not enough either."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 500)
+    rng, P, trials, drawn = np.random.default_rng(1), 80, 2000, []
+    count = lambda v: drawn.append(np.bincount(v["which"].ravel(), minlength=S * P)) or 0.0
+    comparison.interval(count, {"which": np.arange(S * P).reshape(S, P)})  # the same resamples for all data of this shape
+    weight = np.array(drawn[:-1]) / sum(drawn[0])  # (resamples,S·P); the last one was that of all
+    for share, expected in zip((0, 0.5, 1), covered, strict=True):
+        x = rng.normal(0, (share * S) ** 0.5, (S, 1, trials)) + rng.normal(0, ((1 - share) * P) ** 0.5, (P, trials))  # truth: 0
+        low, high = np.quantile(weight @ x.reshape(S * P, trials), [0.025, 0.975], axis=0, method="inverted_cdf")
+        assert comparison.interval(lambda v: v["right"].mean(), {"right": x[..., 0]})[1:] == pytest.approx((low[0], high[0]))
+        assert ((low <= 0) & (0 <= high)).mean() == pytest.approx(expected, abs=0.025)
+
+
 def test_a_paired_difference_does_not_see_what_both_arms_share():
     """The same seeds and problems are drawn for both: an arm that is better by .1 everywhere is better by .1 in every draw."""
     x = {"right": np.random.default_rng(0).random((3, 50))}

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mrt import J_TABLE, REWARD, SEQUENCES, close, make_batch, make_episodes, prefix_index, sequence_logprobs
 
+from nanomrt import methods
 from nanomrt.config import READ_BY
-from nanomrt.methods import METHODS, after_an_attempt, prefix_form
+from nanomrt.methods import METHODS, Gathered, after_an_attempt, prefix_form
 from nanomrt.mrt import (
     Batch,
     Episodes,
@@ -35,6 +36,7 @@ from nanomrt.mrt import (
     value_credit,
     value_over_tokens,
 )
+from nanomrt.rollout import Forked, written
 
 G = 2
 CREDITS = [outcome_credit, short_outcome_credit, progress_credit, prefix_bonus_credit, value_credit, anytime_credit,
@@ -473,6 +475,41 @@ def test_star_climbs_the_likelihood_of_what_is_right(theta):
     got = gradient(theta, likelihood_loss(logprob.flatten(), A, p.detach().repeat_interleave(3)))
     assert close(got, -gradient(theta, (p.detach() * REWARD * logprob.sum(1)).sum()), 1e-12)
     assert close(got, -gradient(theta, (p * REWARD).sum()), 1e-12)
+
+
+def test_mrt_star_climbs_the_likelihood_of_its_earliest_right_answers(monkeypatch):
+    """Its own gathering, over all 27 traces times the 27 ways to answer once after 0, 1 and 2 tokens, forced by `stop`: the
+    gradient of E_old[miss(c) · log pi(c, stop, a)] over right answers a ~ mu(.|c), of which the part of a is that of J(c), plus
+    E_old[miss(z) · log pi(z)] over right traces z. miss is the product of 1 - J over all boundaries before."""
+    stop, contexts = 2, [c for n in range(4) for c in product(range(3), repeat=n)]  # 1 + 3 + 9 + 27
+    logit = torch.randn(40, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64).requires_grad_()
+    table, log = {c: i for i, c in enumerate(contexts)}, logit.log_softmax(1)
+    logp = lambda tokens, begin=0, log=log: sum(log[table[tokens[:t]], tokens[t]] for t in range(begin, len(tokens)))
+    p = lambda tokens, begin=0: math.exp(logp(tokens, begin, log.detach()))
+    right = lambda tokens: float((2 * sum(tokens) + len(tokens) * tokens[-1]) % 3 == 0)
+    answers = lambda c: [(*c, stop, a) for a in range(3)]
+    miss = lambda c: math.prod(1 - sum(p(y, t + 1) for y in answers(c[:t]) if right(y)) for t in range(len(c)))
+
+    said = [(z, forced) for z in contexts[13:] for forced in product(range(3), repeat=3)]  # 729 rows
+    branch = lambda r, place: ([stop, a := said[r][1][place - 1]], right((*said[r][0][: place - 1], stop, a)))
+    task = SimpleNamespace(prompt=lambda problem: [9], tokenizer=SimpleNamespace(decode_batch=lambda rows: rows),
+                           grade=lambda problem, response: right(response), episode_ends=lambda response: [1, 2])
+    traces = Gathered(written(task, [0] * 729, [0] * 729, [[9, *z] for z, _ in said]), None, None, 0)
+    forced = lambda model, task, rollouts, *where: [[branch(*at)] for at in zip(*where[:2])]
+    monkeypatch.setattr(methods, "traces", lambda *_: traces)
+    monkeypatch.setattr(methods, "force_answers", lambda *arguments: Forked(
+        torch.tensor([verdict for [(_, verdict)] in forced(*arguments)]), forced(*arguments), 0))
+    gathered = METHODS["mrt_star"].gather(SimpleNamespace(device="cpu"), task, None, options(forks=1, fork_temperature=1.0), None)
+    rows = [tuple(gathered.rollouts.response(r)) for r in range(729)]
+    logprob = torch.stack([logp(row[: t + 1], t) for row in rows for t in range(len(row))])
+    A = METHODS["mrt_star"].credit(gathered.batch, None, options())[gathered.batch.is_action].double()
+    weight = [p(z) * math.prod(p((*z[:t], stop, a), t + 1) for t, a in enumerate(forced)) for z, forced in said]
+    weight = torch.tensor(weight).repeat_interleave(torch.tensor(list(map(len, rows))))
+
+    exact = sum(p(c) * miss(c) * p(y, len(c) + 1) * logp(y) for c in contexts[:13] for y in answers(c) if right(y))
+    exact = exact + sum(p(z) * miss(z) * logp(z) for z in contexts[13:] if right(z))
+    assert close(gradient(logit, likelihood_loss(logprob, A, weight)), -gradient(logit, exact), 1e-6)
+    assert {len(row) for row in rows} == {2, 3, 4} and 0 < gathered.batch.reward.mean() < 1
 
 
 def test_sft_climbs_the_likelihood_of_everything(theta):

@@ -1,7 +1,12 @@
 """The Triton kernels on a real GPU: accuracy in 16 bit, and everything that the interpreter cannot show.
 
     python -m pytest -m gpu                                                          all of it
-    compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_gpu.py -k "float64 or nan"     (also: racecheck)
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m gpu -k "float64 or nan"
+    compute-sanitizer --tool racecheck python -m pytest -m gpu -k "float64 or nan"
+    TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py -k "not 5000 and (1-t or 9-2 or 97 or 77 or nan_row or elementwise_a)"
+
+memcheck goes without PyTorch's pool, inside of which a kernel may leave its tensors unseen. The last line needs no GPU: in half a
+minute and in fp16, the interpreter shows that some of the tests themselves work.
 
 Accuracy is measured against float64, beside PyTorch's own op on the same 16-bit inputs: the root-mean-square error may be at most
 1.1 times its error, the largest single error twice that.
@@ -10,12 +15,14 @@ Accuracy is measured against float64, beside PyTorch's own op on the same 16-bit
 import gc
 import importlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,13 +46,21 @@ from nanomrt.rollout import roll_out, training_sampling
 from nanomrt.run import read_command_line
 from nanomrt.warmstart import warm_start
 
-DEVICE = "cuda"
-HALF = (torch.bfloat16, torch.float16)
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+HALF = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)  # the interpreter is silently wrong in bf16
 TINY = Path(__file__).parents[1] / "config/tiny.py"
-BACKEND = "inductor"  # of torch.compile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                                                   reason="no CUDA device: these tests are for a GPU")]
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_a_cpu(monkeypatch) -> None:
+    """In the interpreter the kernels take the place of the reference, to which a CPU's tensors go."""
+    if DEVICE == "cpu":
+        fused = {name: getattr(kernels, f"fused_{name}") for name in kernels.__all__ if name != "logits"}
+        monkeypatch.setattr(kernels, "reference", SimpleNamespace(**fused))
+
 
 PACKS = {"one": (1,), "ragged": (17, 0, 127, 1, 129), "empty ends": (0, 0, 64, 0, 5, 0), "long": (4096, 129, 1)}
 RAGGED = PACKS["ragged"]
@@ -124,12 +139,13 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def assert_as_exact(mine: Sequence[Tensor], peer: Sequence[Tensor], exact: Sequence[Tensor], floor: float = 1e-5) -> None:
-    """Errors against `exact`, beside those of `peer`."""
+    """Errors against `exact`, beside those of `peer`. The floor is that of numbers around 1; it grows with larger ones."""
     for i, (a, b, truth) in enumerate(zip(mine, peer, exact, strict=True)):
         a, b = ((x.double() - truth).abs() for x in (a, b))
         rms = lambda x: float(x.square().mean().sqrt())
-        assert rms(a) <= 1.1 * rms(b) + floor, f"result {i}: error {rms(a):.2e}, PyTorch's {rms(b):.2e}"
-        assert a.max() <= 2 * b.max() + 10 * floor, f"result {i}: largest error {a.max():.2e}, PyTorch's {b.max():.2e}"
+        least = floor * max(rms(truth), 1.0)
+        assert rms(a) <= 1.1 * rms(b) + least, f"result {i}: error {rms(a):.2e}, PyTorch's {rms(b):.2e}"
+        assert a.max() <= 2 * b.max() + 10 * least, f"result {i}: largest error {a.max():.2e}, PyTorch's {b.max():.2e}"
 
 
 def need_memory(gigabytes: float) -> None:
@@ -237,7 +253,7 @@ def test_logprobs_against_float64(N, C, V, dtype):
     half = with_gradients(lambda h, w: reference.token_logprobs(h, w, targets, 0.7), (hidden, weight), *upstream.float())
     assert (mine[0] <= 0).all() and (mine[1] >= 0).all() and (mine[1] <= math.log(V) + 1e-5).all()
     assert (mine[0].double() - exact[0]).abs().max() < 2e-4
-    assert_as_exact(mine[:2], peer, exact[:2], floor=3e-5)  # tensor cores cut off what they add; that alone is about 9e-6 here
+    assert_as_exact(mine[:2], peer, exact[:2], floor=5e-6)  # tensor cores cut off what they add: about 9e-6 of log p around 10
     assert_as_exact(mine, half, exact)
     # And not only better than theirs: two roundings to 16 bit, of dz and of the result.
     for a, truth in zip(mine[2:], exact[2:], strict=True):
@@ -563,7 +579,7 @@ def test_compile_without_a_graph_break():
         out = kernels.fused_attention(q, k, kernels.swiglu(v, v), starts, longest)
         return kernels.fused_token_logprobs(out.flatten(1) * 2, weight, targets, 1.0)
 
-    compiled = torch.compile(function, fullgraph=True, backend=BACKEND)
+    compiled = torch.compile(function, fullgraph=True)
     for lengths in ((17, 0, 127), (40, 60)):
         q, k, v, _ = pack(lengths)
         weight, N = randn(500, q[0].numel(), seed=7) * 0.1, len(q)

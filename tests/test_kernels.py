@@ -82,6 +82,23 @@ def test_a_larger_max_seqlen_changes_nothing():
     torch.testing.assert_close(attention(q, k, v, starts, 5), attention(q, k, v, starts, 64), atol=1e-6, rtol=1e-6)
 
 
+def test_tokens_behind_the_last_sequence_are_zeros():
+    """In the result and in all gradients; the sequences don't notice them."""
+    inputs, starts = (randn(9, 4, 8), randn(9, 2, 8, seed=1), randn(9, 2, 8, seed=2)), starts_of((4, 3))
+    found = []
+    for n in (7, 9):
+        leaves = [x[:n].requires_grad_() for x in inputs]
+        out = attention(*leaves, starts, 4)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for alone, mine in zip(*found, strict=True):
+        assert len(mine) == 9 and torch.equal(mine[:7], alone) and not mine[7:].any()
+
+
+def test_query_heads_that_cannot_be_shared_out_are_an_error():
+    with pytest.raises(ValueError, match="3 query heads can't share 2 key/value heads: H must be a multiple of K"):
+        attention(randn(2, 3, 4), randn(2, 2, 4), randn(2, 2, 4), starts_of((2,)), 2)
+
+
 def test_no_value_crosses_a_sequence_or_the_present():
     """A huge key and value in one token reaches exactly the later tokens of its own sequence."""
     q, k, v, lengths = randn(12, 2, 4), randn(12, 2, 4, seed=1), randn(12, 2, 4, seed=2), (3, 5, 4)

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from data.countdown import Countdown
 from nanomrt import rollout
 from nanomrt.config import ALGORITHMS, RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import boundaries, force_answers
+from nanomrt.run import Run
 
 PROBLEMS, GROUP = 6, 4
 
@@ -149,6 +151,19 @@ def test_rows_groups_verdicts_and_the_ledger(model, task, asked, algorithm):
     assert all(set(Counter(map(tuple, call.contexts)).values()) == {2} for call in asked[traces:])  # `forks` times each
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_method_trains(model, task, tmp_path, algorithm):
+    """Two steps: a gradient that is finite and not 0 moves all weights, and the second step samples from the new ones."""
+    config = settings(algorithm, thinking_budget=20, warmup_steps=0, learning_rate=1e-2)
+    optimizer, run = torch.optim.SGD(model.parameters(), lr=0.0), Run(config, tmp_path, "cpu")
+    for step in range(2):
+        before, gathered = [weight.clone() for weight in model.parameters()], gather(model, task, config, step)
+        advantage = METHODS[algorithm].credit(gathered.batch, gathered.episodes, config)
+        learned = train.update(model, optimizer, gathered.batch, advantage, None, run)
+        assert 0 < learned["grad_norm"] < float("inf") and learned["max_logprob_diff"] < 1e-3
+        assert run.skipped == 0 and not any(map(torch.equal, before, model.parameters()))
+
+
 @pytest.mark.parametrize("algorithm", ["star", "grpo", "length_penalty", "mrt_online", "vineppo", "anytime"])
 def test_these_learn_from_the_policys_own_traces(model, task, algorithm):
     """The same traces, whatever is measured inside of them: all after the prompt is action, with the sampler's log-prob."""
@@ -198,6 +213,26 @@ def test_J_is_known_at_every_boundary(model, task, algorithm):
         ends = new_episodes(task, gathered, r, 0)
         expected += [(r, a, b, J[r, a], J[r, b]) for a, b in zip([start, *ends], ends)]
     assert episodes(gathered) == expected and len(expected) > 30 and 0 < sum(x[4] - x[3] != 0 for x in expected)
+
+
+@pytest.mark.parametrize("m", [2, 8])
+def test_fact_8_the_noise_of_progress_that_is_none(config, m):
+    """A policy that says every word with the same probability, and p of all words are right, wherever it is stopped: over many
+    places J is a mean of m verdicts, progress has std sqrt(2 p (1 - p) / m), and neighbours, which share an estimate,
+    the covariance -p (1 - p) / m."""
+    task = Countdown(RunConfig())
+    right = set(task.tokenizer.decode([word]) for word in range(0, len(task.tokenizer), 3))
+    task.grade = lambda problem, response: float(response.split()[-1] in right)
+    task.episode_ends, task.answer_tokens = lambda response: list(range(1, len(response) + 1)), 1
+    indifferent = Llama(replace(config, tie_word_embeddings=False)).initialise(generator())
+    with torch.no_grad():
+        indifferent.lm_head.weight.zero_()
+    config = settings("mrt_online", prompts_per_step=4, thinking_budget=50, forks=m, fork_temperature=1.0)
+    E = gather(indifferent, task, config).episodes
+    p, x, within = len(right) / len(task.tokenizer), E.progress(), E.row[1:] == E.row[:-1]
+    assert len(x) > 500 and E.J_after.mean().item() == pytest.approx(p, abs=0.05)
+    assert x.std().item() == pytest.approx((2 * p * (1 - p) / m) ** 0.5, rel=0.1)
+    assert (x[1:] * x[:-1])[within].mean().item() == pytest.approx(-p * (1 - p) / m, rel=0.25)
 
 
 # --- vineppo ---

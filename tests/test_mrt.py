@@ -5,7 +5,8 @@ every expectation below is exact. An urn with one right candidate in N gives J i
 """
 
 import math
-from itertools import product
+from itertools import accumulate, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanomrt.config import RunConfig, load_config
 from nanomrt.mrt import (
     Batch,
+    anytime_credit,
     clipped_loss,
     discounted_credit,
     episodes_between,
@@ -83,7 +86,7 @@ def boundary_J(sequence: torch.Tensor, reward: torch.Tensor) -> torch.Tensor:
     return torch.stack([J_TABLE[index[:, 0]], J_TABLE[index[:, 1]], reward.double()], dim=1)
 
 
-def expected_gradient(theta: torch.Tensor, alpha: float, gamma: float = 0.0) -> torch.Tensor:
+def expected_gradient(theta: torch.Tensor, alpha: float, **changed) -> torch.Tensor:
     """Of the code's loss for groups of two, summed over all 27 · 27 groups with their probabilities."""
     pair = torch.cartesian_prod(torch.arange(27), torch.arange(27))  # (729,2)
     rows = pair.flatten()  # (1458,) a sequence each; neighbours form a group
@@ -92,17 +95,17 @@ def expected_gradient(theta: torch.Tensor, alpha: float, gamma: float = 0.0) -> 
     p = sequence_logprobs(theta, SEQUENCES).sum(1).exp().detach()[pair].prod(1)  # (729,)
     batch = make_batch([1 + T] * len(rows), REWARD[rows], [i // 2 for i in range(len(rows))])
     episodes = make_episodes(batch, [[2, 4]] * len(rows), boundary_J(tokens, REWARD[rows]).tolist())
-    advantage = advantages(batch, episodes, alpha=alpha, **PLAIN | {"gamma": gamma})[batch.is_action].double()
+    advantage = advantages(batch, episodes, alpha=alpha, **PLAIN | changed)[batch.is_action].double()
     weight = p.repeat_interleave(2 * T) / (2 * T)
     loss = clipped_loss(logprob.flatten(), logprob.flatten().detach(), advantage, weight, 0.2, 0.2)
     return torch.autograd.grad(loss, theta)[0]
 
 
-def exact_gradient(theta: torch.Tensor, alpha: float, credit) -> torch.Tensor:
-    """Of -(1/T)·[(1 - 1/G)·E[reward] + alpha·sum_j E_old[credit_j · log-ratio of episode j]], by enumeration."""
+def exact_gradient(theta: torch.Tensor, alpha: float, credit, share: float = 1 - 1 / G) -> torch.Tensor:
+    """Of -(1/T)·[share·E[reward] + alpha·sum_j E_old[credit_j · log-ratio of episode j]], by enumeration."""
     logprob = sequence_logprobs(theta, SEQUENCES)  # (27,3)
     p = logprob.sum(1).exp()
-    outcome = (1 - 1 / G) * (p * REWARD.double()).sum()
+    outcome = share * (p * REWARD.double()).sum()
     c = credit(boundary_J(SEQUENCES, REWARD))  # (27,2)
     episode = torch.stack([logprob[:, 0], logprob[:, 1] + logprob[:, 2]], dim=1)  # (27,2)
     bonus = (p.detach()[:, None] * c * episode).sum()
@@ -127,6 +130,38 @@ def test_the_gradient_of_grpo_is_the_policy_gradient(theta):
 
 def test_the_gradient_of_mrt_credits_each_episode_with_its_own_progress(theta):
     assert close(expected_gradient(theta, alpha=0.7), exact_gradient(theta, 0.7, own))
+
+
+SHIPPED = {"GRPO's schedule": RunConfig(), "small.py": load_config(Path(__file__).parents[1] / "config/small.py")}
+
+
+@pytest.mark.parametrize("shipped", SHIPPED.values(), ids=SHIPPED)
+def test_what_the_shipped_credit_climbs(theta, shipped):
+    """In pairs mean_std has the outcome's gradient itself. J before an episode is a baseline, and so is the mean of progress if
+    all traces have as many episodes. What is left, over the batch's std, a constant: with d = J_discount E[(d - gamma) J_j +
+    gamma (d - gamma) J_{j+1} + … + gamma^{T-j} d J_T]. To be right after one's own episode, and after the later ones the less."""
+    d, gamma, J = shipped.J_discount, shipped.gamma, boundary_J(SEQUENCES, REWARD)  # (27,3)
+    progress = d * J[:, 1:] - J[:, :-1]
+    centred = progress - (progress.mean() if shipped.progress_norm == "mean_std" else 0.0)
+    ahead = lambda J: torch.stack([(d - gamma) * J[:, 1] + gamma * d * J[:, 2], d * J[:, 2]], dim=1)
+    exact = exact_gradient(theta, shipped.alpha / centred.square().mean().sqrt(), ahead, share=1.0)
+    assert close(expected_gradient(theta, shipped.alpha, **{name: getattr(shipped, name) for name in PLAIN}), exact, 1e-6)
+
+
+@pytest.mark.parametrize("G", [2, 3, 12])
+@pytest.mark.parametrize("p", [0.05, 0.4])
+def test_a_groups_std_weighs_problems_by_their_difficulty(G, p):
+    """The expected gradient of mean_std is that of p, the probability of being right, times E[std of a group] / (p (1 - p)): in
+    pairs 1 and the policy gradient, in larger groups the more the rarer right or wrong is. Of the mean it is 1 - 1/G at any p."""
+    p = torch.tensor(p, dtype=torch.float64, requires_grad=True)
+    right = torch.tensor(list(product((0.0, 1.0), repeat=G)), dtype=torch.float64)  # (2^G,G)
+    logp = (right * p + (1 - right) * (1 - p)).log()
+    weight, group = logp.detach().sum(1).exp(), torch.arange(2**G).repeat_interleave(G)
+    factor = (weight * right.std(1, correction=0)).sum() / (p * (1 - p)).detach()
+    for norm, expected in (("mean", 1 - 1 / G), ("mean_std", factor), *([("mean_std", 1.0)] if G == 2 else [])):
+        A = group_advantage(right.flatten(), group, norm).view(-1, G)
+        (got,) = torch.autograd.grad((weight * (A * logp).mean(1)).sum(), p, retain_graph=True)
+        assert got.item() == pytest.approx(float(expected), rel=1e-4)
 
 
 # --- The nine facts ---
@@ -215,6 +250,24 @@ def test_fact_7_one_family(values, gamma):
     flat = torch.tensor([x for xs in values for x in xs], dtype=torch.float64)
     expected = [sum(gamma ** (i - j) * xs[i] for i in range(j, len(xs))) for xs in values for j in range(len(xs))]
     torch.testing.assert_close(discounted_credit(flat, row, gamma), torch.tensor(expected, dtype=torch.float64))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 4), st.data())
+@settings(max_examples=30, deadline=None)
+def test_fact_7_the_anytime_credit_is_made_of_P_times_J(lengths, left, data):
+    """Of traces with the same episodes. P_i is the share of the C budgets that end while J_i is what is known; of the last one,
+    the verdict, it is `left` / C. R_j = sum_{i>=j} P_i J_i is the code's own sum at gamma = 1, and A_j = R_j - (1 - s_j/C) ·
+    [(R_0 - R_j) + the group's mean of R_j] with s_j tokens before."""
+    C, ends, B = sum(lengths) + left, list(accumulate(lengths, initial=1)), data.draw(st.integers(1, 4))
+    J = [[data.draw(st.sampled_from([0.0, 0.25, 1.0])) for _ in ends] for _ in range(B)]
+    batch = make_batch([ends[-1] + 2] * B, [float(x[-1] > 0.5) for x in J], [0] * B)
+    J = [[*x[:-1], verdict] for x, verdict in zip(J, batch.reward.tolist())]
+    P, s = torch.tensor([*lengths, left]) / C, torch.tensor(ends) - 1
+    row = torch.arange(B).repeat_interleave(len(ends))
+    R = discounted_credit((P * torch.tensor(J)).flatten(), row, 1.0).view(B, -1)  # (B,T+1)
+    A = R - (1 - s / C) * (R[:, :1] - R + R.mean(0))
+    got = anytime_credit(batch, make_episodes(batch, [ends[1:]] * B, J), SimpleNamespace(thinking_budget=C))
+    torch.testing.assert_close(got.view(B, -1)[:, torch.tensor(ends)], A)
 
 
 @pytest.mark.parametrize("m, quoted", [(1, 0.71), (4, 0.35), (8, 0.25), (20, 0.16)])
