@@ -109,7 +109,7 @@ def tile_of(q: Tensor, shared: bool) -> Tile:
     tests/compiled.py compiles them."""
     wide = q.shape[2] > 128
     if q.dtype == torch.float32:
-        return Tile(16, 32, 8, 1)
+        return Tile(16, 16 if wide else 32, 8, 1)
     return Tile(64, 64, 8, 2) if shared and not wide else Tile(16, 32 if wide else 64, 4, 2)
 
 

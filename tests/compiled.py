@@ -185,8 +185,7 @@ def decode(rows: int, cached: int, own: int, G: int, D: int, dtype: torch.dtype 
     *((arch, HALF, G, D) for arch in SHARED for G, D in ((2, 32), (4, 64), (6, 128))),
     (90, HALF, 4, 256), (80, torch.float32, 6, 128),
     *(rare(arch, HALF, 4, D) for arch in SHARED for D in (16, 80)), *(rare(arch, HALF, 4, 256) for arch in (80, 100)),
-    *(rare(80, torch.float32, 4, D) for D in (16, 32, 64)),
-    pytest.param(80, torch.float32, 4, 256, marks=[pytest.mark.rare, pytest.mark.xfail(reason="8 bytes spill", strict=True)]),
+    *(rare(80, torch.float32, 4, D) for D in (16, 32, 64, 256)),
 ], ids=str)
 def test_decode(arch, dtype, G, D, launches, tmp_path):
     """A shared prefix, a row's own suffix, and the merging of their chunks."""

@@ -4,6 +4,7 @@ In fp32 and fp16: the interpreter is silently wrong in bf16. `tests/test_triton.
 """
 
 import importlib
+import json
 import math
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import train
-from kernels import hardware, reference
+from kernels import bench, hardware, reference
+from kernels import profile as step_profile
 from kernels.attention import attention, attention_backward, attention_forward
 from kernels.decode import branch_attention
 from kernels.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward, turn
@@ -647,3 +649,25 @@ def test_sampling_from_the_model_through_the_kernels(small, monkeypatch):
     assert all(map(torch.equal, found[:2], expected[:2]))
     for a, b in zip(found[2:], expected[2:], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# --- the programs that measure ---
+
+
+def test_the_benchmark_calls_the_kernels(tmp_path):
+    """Its dry run times each of them, forward and backward, as it does on a GPU; none is refused, and log p is right."""
+    assert bench.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    rows = sum(json.loads((tmp_path / "kernels-dry-run-on-a-cpu.json").read_text())["rows"].values(), [])
+    mine = [row for row in rows if row["provider"].startswith(bench.OURS)]
+    assert len(mine) == 16 and "nanomrt, one pass" in {row["provider"] for row in mine}
+    assert all(row["ms"] > 0 and row.get("error", 0) < 1e-5 for row in mine)
+
+
+def test_the_profile_knows_the_kernels(tmp_path, monkeypatch):
+    """Each operator's passes are in its group, under whatever name PyTorch records them."""
+    monkeypatch.setattr(step_profile, "TINY", replace(step_profile.TINY, num_hidden_layers=1))
+    with_both(lambda: step_profile.main(["--dry-run", "--out", str(tmp_path)]), monkeypatch)
+    found = json.loads((tmp_path / "profile-dry-run-on-a-cpu.json").read_text())["operations"]
+    assert {(row["operation"], row["group"]) for row in found if row["operation"].startswith("nanomrt::")} == {
+        (f"nanomrt::{name}{way}", group) for name, group in (("attention", "attention"), ("token_logprobs", "log-probs"),
+        ("rms_norm", "norms"), ("swiglu", "SwiGLU")) for way in ("", "_backward")} | {("nanomrt::rotate", "rotations")}
