@@ -23,6 +23,7 @@ V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,7 +38,6 @@ MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: a CPU's caches hold the act
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
 READ_BY = {"cpu": 1, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
-CPU_BYTES = 8 * 2**30  # what the caches of one call may take on a CPU, which does not say what is free
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32
     device, lengths = model.device, [len(prompt) for prompt in prompts]
     step = torch.arange(max(*lengths, SHORTEST), device=device)  # (L,)
     inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
+    needed, room = len(prompts) * len(step) * bytes_per_token(model), cache_room(device)
+    if needed > room:
+        raise ValueError(f"caching {len(prompts)} prompts of up to {len(step)} tokens takes {needed / 1e9:.2f} GB, but there is "
+                         f"room for {room / 1e9:.2f} GB: give fewer or shorter prompts at a time")
     keys, values = (new_cache(model, len(prompts), len(step)) for _ in range(2))
     for pack in packs(lengths, max_tokens):
         some = slice(pack.start, pack.stop)
@@ -142,14 +146,31 @@ def new_cache(model: Llama, rows: int, length: int) -> Tensor:
                        dtype=compute_dtype(device), device=device)
 
 
-def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
-    """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
-    config, device = model.config, model.device
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * prefix.keys.element_size()  # bytes
-    free = CPU_BYTES
+def bytes_per_token(model: Llama) -> int:
+    """What one token's keys and values take in all layers."""
+    config = model.config
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * compute_dtype(model.device).itemsize
+
+
+def cache_room(device: torch.device) -> int:
+    """Bytes that caches may take now: of what is free, a fifth is left to activations."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, in PyTorch's hands
-        free = int(0.8 * (torch.cuda.mem_get_info(device)[0] + held))  # a fifth for activations
+        free = torch.cuda.mem_get_info(device)[0] + held
+    else:
+        free = available_memory()
+    return free * 4 // 5
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that the CPU's programs can have without swapping, as Linux says; elsewhere 8 GiB are taken for free."""
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8 * 2**30)
+
+
+def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
+    """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
+    token, free = bytes_per_token(model), cache_room(model.device)
     if len(prefix.positions) > 1:
         free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
@@ -158,7 +179,7 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
         raise ValueError(f"a cache of {T} new tokens takes {T * token / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
                          f"but there is room for {free / 1e9:.2f} GB: sample fewer rows at a time or lower the budget of new "
                          "tokens")
-    return min(fitting, R, MOST_ROWS[device.type])
+    return min(fitting, R, MOST_ROWS[model.device.type])
 
 
 class Slots:

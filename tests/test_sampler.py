@@ -370,12 +370,35 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
     T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
     exact = generate(model, prefix, branches, Sampling(9, ())).rows()
     copies = 2 * len(prompts) * 16
-    monkeypatch.setattr(sampler, "CPU_BYTES", (copies + 20 * (16 + T) + 3 * T) * token)
+    monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T) + 3 * T) * token)
     assert sampler.fitting_rows(model, prefix, 20, T, True) == 3 and sampler.fitting_rows(model, prefix, 20, T, False) == 20
     assert generate(model, prefix, branches, Sampling(9, ())).rows() == exact
-    monkeypatch.setattr(sampler, "CPU_BYTES", (copies + 20 * (16 + T) + T) * token - 1)
+    monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T) + T) * token - 1)
     with pytest.raises(ValueError, match="there is room for .* GB: sample fewer rows at a time or lower the budget"):
         generate(model, prefix, branches, Sampling(9, ()))
+    monkeypatch.setattr(sampler, "cache_room", lambda device: len(prompts) * 16 * token)
+    prefill(model, prompts)
+    monkeypatch.setattr(sampler, "cache_room", lambda device: len(prompts) * 16 * token - 1)
+    with pytest.raises(ValueError, match="caching 5 prompts of up to 16 tokens takes .* GB: give fewer or shorter prompts"):
+        prefill(model, prompts)
+
+
+def test_caches_may_take_four_fifths_of_what_is_free(monkeypatch):
+    """On a GPU that is the driver's free memory and what PyTorch holds unused; on a CPU what Linux calls available."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 10_000))
+    assert sampler.cache_room(torch.device("cuda")) == 400
+    monkeypatch.setattr(sampler, "available_memory", lambda: 1000)
+    assert sampler.cache_room(torch.device("cpu")) == 800
+
+
+def test_available_memory(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    7000 kB\n")
+    assert sampler.available_memory(meminfo) == 7000 * 1024
+    assert sampler.available_memory(tmp_path / "none") == 8 * 2**30  # another operating system
+    assert sampler.available_memory() > 2**26  # this machine's
 
 
 # --- Randomness ---
