@@ -7,7 +7,8 @@ numbers per token. In base 2, z = (hidden · w) log2(e) / T, over one tile of th
     (1) m' = max(m, max_v z_v)                             running maximum
     (2) l' = 2^(m-m') l + sum_v 2^(z_v-m')                 normaliser
     (3) t' = 2^(m-m') (t + (m-m') l) + sum_v 2^(z_v-m') (z_v-m')
-                                                           sum of p log p, taken from m: nothing large cancels
+                                                           sum of p log p, from m: the entropy of logits around 80 is as exact as
+                                                           around 0 (1.3e-6), where sum p z - m would be off by 1.9e-5
     (4) log2 p(y) = z_y - m - log2 l          (5) entropy = log2 l - t/l          both times ln 2
 
 The vocabulary is cut into SPLITS parts so that few rows still fill a GPU; `merge_kernel` joins the parts in their order. Neither
