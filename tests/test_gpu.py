@@ -3,7 +3,7 @@
     python -m pytest -m gpu                                                          all of it
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m gpu -k "float64 or nan"
     compute-sanitizer --tool racecheck python -m pytest -m gpu -k "float64 or nan"
-    TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py -k "not 5000 and (1-t or 9-2 or 97 or 77 or nan_row or elementwise_a)"
+    TRITON_INTERPRET=1 python -m pytest tests/test_gpu.py -k "not 5000 and (1-t or 9-2 or 97 or 77 or nan_ or elementwise_a)"
 
 memcheck goes without PyTorch's pool, inside of which a kernel may leave its tensors unseen. The last line needs no GPU: in half a
 minute and in fp16, the interpreter shows that some of the tests themselves work.
@@ -236,7 +236,7 @@ def test_decoding_against_float64(limits, L, t, K, G, D, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("N, C, V", [(1, 64, 97), (200, 128, 1000), (127, 896, 151936), (129, 80, 32003)])
+@pytest.mark.parametrize("N, C, V", [(1, 64, 97), (200, 128, 1000), (127, 896, 151936), (129, 80, 32003), (33, 64, 129920)])
 def test_logprobs_against_float64(N, C, V, dtype):
     """log p and entropy, beside float32 logits of the same 16-bit inputs; the gradients, beside those of 16-bit logits."""
     hidden, weight, targets = vocabulary(N, C, V, dtype)
@@ -392,6 +392,19 @@ def test_nan_neighbours_reach_nothing(lengths):
     dirty = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
     for a, b in zip(clean, dirty, strict=True):
         assert same_bits((a[: middle.start], a[middle.stop :]), (b[: middle.start], b[middle.stop :]))
+
+
+@pytest.mark.parametrize("lengths", [(1, 17, 127), (64,), (0,)])
+def test_nan_behind_the_last_sequence_reaches_nothing(lengths):
+    """Tokens of no sequence have zeros for results and gradients, whatever they held and memory held, and change no bit."""
+    own, more = sum(lengths), 9
+    *inputs, upstream = pack((own + more,))
+    clean = with_gradients(lambda *x: attend(*x, lengths), [x[:own] for x in inputs], upstream[:own])
+    for x in (*inputs, upstream):
+        x[own:] = torch.nan
+    poison()
+    found = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
+    assert same_bits([x[:own] for x in found], clean) and not any(x[own:].any() for x in found)
 
 
 def test_a_nan_row_stays_a_row():
