@@ -21,7 +21,7 @@ bits do not depend on its neighbours in the pack either:
     queries 0 [x] .   .   .      x  on the diagonal: masked, and rows past the sequence's end are read as zeros
             1 [o] x   .   .      o  wholly visible: no mask, and on sm_90 and sm_100 the copy engine (TMA) loads it
             2 [o] o   x   .      .  never visited
-            3 [o] o   o   x      [ ] forward and dQ walk along a row; dK and dV own a column and walk down
+            3 [o] o   o   x      [ ] a column, which a program of dK and dV walks down; forward and dQ walk along a row
 
 Scores carry log2(e) / sqrt(D), because the hardware computes 2^x and not e^x. That saves 29 % of the forward loop's instructions
 (sm_90, D 128), no masks 30 %, the copy engine 11 % (NOTES.md, what each trick buys). Left out: dropout, biases, windows.
@@ -77,14 +77,14 @@ def store_rows(pointer, stride, row, end, column, tile, ROWS: tl.constexpr, D: t
 
 @triton.jit
 def bounds(cu_seqlens):
-    """Where this program's sequence starts and ends. The last row of a grid has none, and stands behind all of them."""
+    """Where this program's sequence starts and ends. The grid has one more than the pack: an empty one behind the last."""
     b, B = tl.program_id(1), tl.num_programs(1) - 1
     return tl.load(cu_seqlens + b).to(tl.int32), tl.load(cu_seqlens + min(b + 1, B)).to(tl.int32)
 
 
 @triton.jit
 def clear_tail(pointer, stride, row, N, column, ROWS: tl.constexpr, D: tl.constexpr):
-    """Zeros from `row` on, by the programs of the grid's last row: nobody else writes to tokens behind the last sequence."""
+    """Zeros from `row` on, by the programs of the empty sequence: nobody else writes to tokens behind the last one."""
     if tl.program_id(1) == tl.num_programs(1) - 1:
         for first in tl.range(row + tl.program_id(2) * ROWS, N, tl.num_programs(2) * ROWS):
             store_rows(pointer, stride, first, N, column, tl.zeros([ROWS, D], tl.float32), ROWS, D)
@@ -112,7 +112,7 @@ def forward_kernel(q, k, v, k_desc, v_desc, out, lse, cu_seqlens, q_stride, k_st
                    G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     head, H = tl.program_id(0), tl.num_programs(0)
     start, end = bounds(cu_seqlens)
-    first = start + (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # those with most keys first: .4 % idle, not 6
+    first = start + (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # longest rows first: .4 % idle, not 6
     if first >= end:
         clear_tail(out, H * D, end, N, head * D, BM, D)
         return
@@ -167,7 +167,7 @@ def dq_kernel(q, k, v, k_desc, v_desc, out, grad, lse, delta, dq, cu_seqlens, q_
     for key in tl.range(first, min(first + BM, end), BN, num_stages=1):
         tile_dq = add_dq(tile_dq, tile, tile_grad, tile_lse, tile_delta, k_rows, v_rows, first, key, end, column, scale,
                          BM, BN, D, True)
-    store_rows(dq, H * D, first, end, head * D, tile_dq * (scale * LN2), BM, D)
+    store_rows(dq, H * D, first, end, head * D, tile_dq * (scale * LN2), BM, D)  # scale · ln 2 = 1 / sqrt(D)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ this machine gives at best: its copy bandwidth and its rate of bf16 matrix produ
   SwiGLU, for which each number that goes in or comes out counts once.
 - Padding a pack, FlexAttention's block mask, and a prefix copied for every branch are made before the clock starts: presents to
   the peers.
-- nanomrt also computes the entropy; the peers compute log p only. Its error is that of `float64` on up to 256 rows.
+- nanomrt also computes the entropy; the peers compute log p only. `max error` is log p's against float64, on up to 256 rows.
 """
 
 import argparse

@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @cache
 def generation(device: torch.device) -> str:
     """hopper (sm_90) and blackwell (sm_100) have 227 KiB of shared memory for a program and a copy engine, TMA. All else is
-    narrow and has 99: sm_120, too, which has the engine and no room, and the interpreter."""
+    taken to be narrow, with 99: sm_120, which has the engine and no room, sm_80, which has 163, and the interpreter."""
     if device.type != "cuda":
         return "narrow"
     properties = torch.cuda.get_device_properties(device)

@@ -144,9 +144,12 @@ def dz_kernel(hidden, weight, h_desc, w_desc, targets, lse, entropy, g, e, dz, s
         z = logits_tile((hidden, h_stride, h_desc), (weight, w_stride, w_desc), row, token, N, V, C, scale, BM, BV, BK)
     else:
         z = tl.load(stored + rows[:, None].to(tl.int64) * z_stride + tokens[None, :], mask=inside, other=0.0).to(tl.float32)
-    target = tl.load(targets + rows, mask=real, other=-1).to(tl.int32)  # as tokens are, or each of them would widen
+    target = tl.load(targets + rows, mask=real, other=-1)
+    known = (target >= 0) & (target < V)
+    target = target.to(tl.int32)  # as tokens are, or each of them would widen
     row_lse = tl.load(lse + rows, mask=real, other=0.0)
     row_g, row_e = tl.load(g + rows, mask=real, other=0.0), tl.load(e + rows, mask=real, other=0.0)
+    row_g = tl.where(known, row_g, float("nan"))  # log p of another target is no number, and neither is its gradient
     row_entropy = tl.load(entropy + rows, mask=real, other=0.0)
     log2_p = z - row_lse[:, None]
     d = -tl.exp2(log2_p) * (row_g[:, None] + row_e[:, None] * (log2_p * LN2 + row_entropy[:, None]))
@@ -191,7 +194,8 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 def at_a_time(most: int, row_bytes: int, step: int) -> int:
-    """How many rows fit into WORKSPACE: a multiple of `step`, at least one step, and no more than hold `most` rows."""
+    """Rows of a part, a multiple of `step`: as many as WORKSPACE holds, but at least one step and no more than `most` rows
+    fill."""
     return max(min(WORKSPACE // row_bytes // step, triton.cdiv(most, step)), 1) * step
 
 
@@ -299,7 +303,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     """log p(target) and entropy of softmax(hidden @ weight.T / temperature), both (N,) in fp32.
 
     hidden (N,C) and weight (V,C) of one type, fp16, bf16 or fp32; targets (N,) int64. Raises ValueError for other types and
-    shapes; log p of a target outside of the vocabulary is NaN: checking would have to wait for the device.
+    shapes; log p of a target outside of the vocabulary is NaN, as is its gradient: an error would have to wait for the device.
     """
     check(hidden, weight, targets)
     logprob, entropy, _ = logprobs_forward(hidden, weight, targets.contiguous(), temperature)

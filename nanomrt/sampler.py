@@ -10,8 +10,9 @@ and no prefix is computed twice. A branch reads its segment up to its position a
 step shrinks with the rows that are left.
 
 Row r's t-th token is drawn with a number that is a hash of (seed[r], t), so what it says depends neither on its neighbours
-nor on when it got its slot. The distribution is the one the loss scores: softmax(logits / temperature) and nothing else. top-k
-and top-p exist for `sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
+nor on when it got its slot, but for the last bits of a library's matrix products, which may depend on how many rows there are.
+The distribution is the one the loss scores: softmax(logits / temperature) and nothing else. top-k and top-p exist for
+`sample.py`. Forced tokens are context, never actions; `Samples.is_action` tells them apart.
 
 On a GPU a decoding step is recorded as a CUDA graph and replayed until slots change hands (`cudagraph.py`).
 
@@ -34,7 +35,7 @@ from nanomrt.model import Attend, Llama, Packed, compute_dtype, mixed_precision,
 
 EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch reaches so far
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
-MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: a CPU's caches hold the activations of no more
+MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: more rows' activations don't stay in a CPU's L2
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
 READ_BY = {"cpu": 1, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
@@ -171,12 +172,13 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
 def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
     """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
     token, free = bytes_per_token(model), cache_room(model.device)
+    row = T * token + 3 * 4 * model.config.vocab_size  # its cache; its logits, log-probs and their cumulative distribution
     if len(prefix.positions) > 1:
         free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
-    fitting = (free - kept) // (T * token)
+    fitting = (free - kept) // row
     if fitting < 1:
-        raise ValueError(f"a cache of {T} new tokens takes {T * token / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
+        raise ValueError(f"a row of {T} new tokens takes {row / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
                          f"but there is room for {free / 1e9:.2f} GB: sample fewer rows at a time or lower the budget of new "
                          "tokens")
     return min(fitting, R, MOST_ROWS[model.device.type])

@@ -445,7 +445,8 @@ def test_views_and_odd_widths(C):
 
 
 def test_more_than_2_31_logits():
-    """N·V over 2^31: the last rows equal the same rows alone, forward to the bit and backward to rounding."""
+    """N·V over 2^31, though WORKSPACE never holds so many: the last rows equal the same rows alone, forward to the bit and
+    backward to rounding."""
     need_memory(8)
     N, V = 14_500, 151_936
     assert N * V > 2**31

@@ -4,11 +4,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from kernels.reference import attention, branch_attention, rms_norm, rotate, swiglu, token_logprobs
 
 LENGTHS = {
@@ -369,3 +371,18 @@ for fused in (getattr(kernels, f"fused_{name}") for name in kernels.__all__ if n
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["on a CUDA device the kernels need Triton: pip install 'triton>=3.6'"] * 6
+
+
+# --- which of the two is called ---
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if name != "logits"])  # a library's product on both
+def test_the_device_chooses(name, monkeypatch):
+    """A tensor of a GPU goes to the Triton kernel, any other one to the reference, and every argument with it."""
+    monkeypatch.setattr(kernels, f"fused_{name}", lambda *arguments: ("fused", *arguments))
+    monkeypatch.setattr(kernels.reference, name, lambda *arguments: ("reference", *arguments))
+    function = getattr(kernels, name)
+    others = range(function.__code__.co_argcount - 1)
+    for chosen, on_a_gpu in (("fused", True), ("reference", False)):
+        x = SimpleNamespace(is_cuda=on_a_gpu)
+        assert function(x, *others) == (chosen, x, *others)
