@@ -245,9 +245,11 @@ class Countdown:
         for _ in range(config.trace_max_attempts):
             if rng.random() < (1 - config.trace_go_on if found else config.trace_give_up):
                 break
-            kept = 0
+            kept, way = 0, None
             if last and not found and rng.random() < config.trace_backtrack:
-                last, kept = self.back_from(last, proposals, problem.target, rng)
+                way = self.way_back(last, by_value[problem.target], rng)
+            if way:
+                last, kept = way
             elif not found and (last is None or rng.random() >= config.trace_repeat):
                 last = rng.choice(by_value[problem.target]) if rng.random() < config.trace_hint else next(untried)
             found = last.results[-1] == problem.target
@@ -257,14 +259,15 @@ class Countdown:
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
 
-    def back_from(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int]:
-        """Another way on from a running result of a failed attempt, one that reaches the target if there is any, and how many
-        operations both share; the failed attempt once more, from the beginning, where there is no other way."""
-        kept = rng.randrange(self.config.used - 1)
-        shared = failed.numbers[: kept + 1], failed.ops[:kept]
-        ways = [way for way in proposals if (way.numbers[: kept + 1], way.ops[:kept]) == shared and way != failed]
-        right = [way for way in ways if way.results[-1] == target]
-        return (rng.choice(right or ways), kept) if ways else (failed, 0)
+    def way_back(self, failed: Chain, solutions: Sequence[Chain], rng: random.Random) -> tuple[Chain, int] | None:
+        """From the last running result of a failed attempt that can still reach the target: a solution that begins alike, and how
+        many operations both share. None if no running result can."""
+        for kept in reversed(range(1, self.config.used - 1)):
+            shared = failed.numbers[: kept + 1], failed.ops[:kept]
+            right = [way for way in solutions if (way.numbers[: kept + 1], way.ops[:kept]) == shared]
+            if right:
+                return rng.choice(right), kept
+        return None
 
     def thinking_tokens(self, response: Sequence[int]) -> int:
         """How many tokens a response thought before it answered: all, if it was cut off first."""

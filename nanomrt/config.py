@@ -82,7 +82,7 @@ class RunConfig:
     trace_go_on: float = key(0.7, "probability that a success is checked once more", 0, 1)
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt", 0, 1)
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction", 0, 1)
-    trace_backtrack: float = key(0.0, "probability that the attempt after a failure goes back to a running result", 0, 1)
+    trace_backtrack: float = key(0.0, "probability of going back, after a failure, to a running result that can succeed", 0, 1)
     warm_steps: int = key(500, "optimiser steps", 1)
     warm_batch: int = key(64, "traces per step", 1)
     warm_check_weight: float = key(1.0, "weight of `yes` and `no` in the loss; a proposal weighs .5, all else 1", 0)
