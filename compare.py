@@ -130,7 +130,7 @@ class Job:
     overrides: dict[str, str]
     config: RunConfig
     split: str
-    setting: str  # what is unlike the config file for all arms, and the split: part of every name, so that nothing is mixed up
+    setting: str  # end of every file's name: the keys that were set for all arms, and the split unless it is test
     result: Path  # where its file goes
 
     @classmethod

@@ -1,5 +1,5 @@
 # Many methods and seeds, compared (compare.py): config/small_grpo.py with half of its rollouts, from the same warm start, and
-# progress as in the paper.
+# progress centred over the batch.
 
 base = "small_grpo.py"
 prompts_per_step = 16

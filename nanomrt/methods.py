@@ -96,7 +96,7 @@ def traces_with_J(model, task, problems, config, generator) -> Gathered:
 
 
 def traces_for_progress(model, task, problems, config, generator) -> Gathered:
-    """The same, but alpha = 0 wouldn't read J: it isn't asked for."""
+    """As `traces_with_J`; but with alpha = 0 nothing reads J, and none is measured."""
     gather = traces if config.alpha == 0 else traces_with_J
     return gather(model, task, problems, config, generator)
 
@@ -117,8 +117,9 @@ def traces_with_V(model, task, problems, config, generator) -> Gathered:
 def prefix_form(model, task, problems, config, generator) -> Gathered:
     """MRT's prefix form (Qu et al., arXiv 2503.07572): each row cuts its problem's trace of T episodes after j of them, j uniform
     in 0..T-1; from there, half of a group is forced to answer now and half goes on, and progress is the first new episode's,
-    J_{j+1} - J_j. With decision_in_loss the forced `</think>` is learned like the other half's decision to go on; what was forced
-    after it never is."""
+    J_{j+1} - J_j. In the paper it is implicit: rewards are normalised over a prefix's traces, and a trace is paid at its end.
+    With decision_in_loss the forced `</think>` is learned like the other half's decision to go on; what was forced after it never
+    is."""
     G, base = config.group_size, roll_out(model, task, problems, 1, training_sampling(task, config), generator)
     owner = [i for i in range(len(problems)) for _ in range(G)]
     pick, cut = torch.rand(len(owner), generator=generator).tolist(), []
@@ -126,7 +127,7 @@ def prefix_form(model, task, problems, config, generator) -> Gathered:
         places = [0, *task.episode_ends(base.response(i))[:-1]]  # 0 … T-1 episodes stay
         cut.append(base.prompt_length[i] + places[int(share * len(places))])
     stopped = [r % G < G // 2 for r in range(len(owner))]
-    # A row that stops is given its context's last token once more: so the log-prob of what was forced is known.
+    # A row that stops is fed the token before its cut once more, so that the forced `</think>` after it has a log-prob.
     contexts = [base.tokens[i][: c - stop] for i, c, stop in zip(owner, cut, stopped)]
     forced = [[base.tokens[i][c - 1], *task.forced_stop] if stop else [] for i, c, stop in zip(owner, cut, stopped)]
     rollouts = continue_from(model, task, [problems[i] for i in owner], base.samples.segments(), owner, contexts, forced, owner,

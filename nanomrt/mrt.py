@@ -7,12 +7,12 @@ that compute them:
     (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
     (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d, `J_discount`, is ours
     (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
-    (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j
+    (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j; the answer's have A_outcome
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
 
 alpha = 0 is (0), GRPO. What makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
-Progress is normalised over the batch. Centred, as in the paper, an episode that changes nothing has a price, the mean;
-config/small.py does not centre, and charges 1 - d where the answer is known.
+Progress is normalised over the batch. Centred, it puts a price on an episode that changes nothing, the mean; config/small.py does
+not centre, and charges 1 - d where the answer is known.
 Forced tokens and prompts are context: they have no action mask, no advantage and no loss.
 
 The other members of the family stand beside it: each is one credit function (batch, episodes, config) -> A (N,), and
@@ -132,8 +132,8 @@ def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
 def normalise(progress: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """Progress relative to that of other episodes. (E,), (E,) -> (E,).
 
-    none: as it is; mean: minus the batch's mean, which is what the time of an episode is worth elsewhere; mean_std: and divided
-    by the std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left;
+    none: as it is; mean: minus the batch's mean, so that an episode with average progress gets 0; mean_std: and divided by the
+    std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left;
     std: divided by its root mean square and not centred, so that an episode without progress costs nothing.
     """
     if norm == "none" or len(progress) == 0:
@@ -192,7 +192,8 @@ def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -
 
 def short_outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
     """GRPO with a price on tokens: reward · (1 - length_penalty · min(1, tokens / thinking_budget)). Only right answers pay: else
-    the shortest wrong answer would be the best of a group that finds none. Arora and Zanette, arXiv 2502.04463."""
+    the shortest wrong answer would be the best of a group that finds none. After Arora and Zanette, arXiv 2502.04463, who charge
+    a right answer by how long it is among the right ones of its problem."""
     tokens = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.is_action.float())  # (B,)
     reward = batch.reward * (1 - config.length_penalty * (tokens / config.thinking_budget).clamp(max=1))
     return group_advantage(reward, batch.prompt_id, config.advantage_norm)[batch.row] * batch.is_action
