@@ -152,7 +152,7 @@ def importance_weighted(model: Llama, batch: Batch, advantage: Tensor, config: R
 
 
 def apart(differences: list[Tensor]) -> dict[str, float]:
-    """Mean, 99th percentile and maximum of |trainer's log-prob - sampler's|, over all tokens of some parts (n,); 0 without any."""
+    """Mean, 99th percentile and maximum of |trainer's log-prob - sampler's| over all tokens of some parts (n,); 0 without any."""
     difference = torch.cat(differences).abs() if differences else torch.zeros(1)
     return {"mean_logprob_diff": float(difference.mean()), "max_logprob_diff": float(difference.max()),
             "p99_logprob_diff": float(difference.kthvalue(math.ceil(0.99 * len(difference))).values)}
