@@ -10,7 +10,7 @@ without the profiler and the rate of a large bf16 matrix product.
 
 `floor` is the least that everything but products, attention and log-probs could take: what a norm, a rotation, a SwiGLU or a
 residual sum reads and writes moves once, in the type it has, forward and backward; and each weight is cast once, and its gradient
-back. What stands above the floor is what fusing could save; a kernel has to be worth 5 % of a step.
+back. What stands above the floor is what fusing could save; a file of kernels has to be worth 5 % of a step.
 """
 
 import argparse
