@@ -15,7 +15,11 @@ from nanomrt.model import Llama, ModelConfig
 
 torch.set_num_threads(1)  # the models of the tests are too small to share out
 
-TRITON = {"interpreted.py": "1", "compiled.py": "0"}  # TRITON_INTERPRET
+TRITON = {  # TRITON_INTERPRET, and which of a file's tests
+    "interpreted.py": ("1", []),
+    "compiled.py": ("0", ["-m", "not rare"]),
+    "test_gpu.py": ("1", ["-k", "97 or 77 or 9-2 or nan_row or neighbours or behind"]),
+}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -41,9 +45,9 @@ def triton_processes(request, tmp_path_factory) -> Iterator[dict[str, tuple[subp
     started, tests = {}, Path(__file__).parent
     for name in TRITON if any(item.path.name == "test_triton.py" for item in request.session.items) else ():
         output = tmp_path_factory.mktemp("output") / "all"
-        command = [sys.executable, "-m", "pytest", tests / name, "-m", "not rare", "--tb=short", "--color=no",
-                   "-p", "no:cacheprovider"]
-        environment = {**os.environ, **ONE_THREAD, "TRITON_INTERPRET": TRITON[name], "PYTEST_ADDOPTS": ""}
+        interpret, which = TRITON[name]
+        command = [sys.executable, "-m", "pytest", tests / name, *which, "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+        environment = {**os.environ, **ONE_THREAD, "TRITON_INTERPRET": interpret, "PYTEST_ADDOPTS": ""}
         with output.open("w") as file:
             started[name] = subprocess.Popen(command, cwd=tests.parent, env=environment, stdout=file, stderr=file), output
     yield started
