@@ -1,5 +1,5 @@
-"""The proofs of the Triton kernels that need no GPU: `interpreted.py`, what they compute; `compiled.py`, what becomes of them; and
-some of `test_gpu.py`, that these tests themselves work.
+"""The proofs of the Triton kernels that need no GPU: `interpreted.py`, what they compute; `compiled.py`, what becomes of them;
+and some of `test_gpu.py`, that these tests themselves work.
 
 Triton decides when it is imported whether it interprets or compiles. So each has a process of its own. They are started with the
 first test of all (`conftest.py`), run beside the others, and are waited for here.
