@@ -36,7 +36,7 @@ class Scripted:
     The next token depends on the last token and its position only; hidden states are one-hot logits.
     """
 
-    config = SimpleNamespace(max_position_embeddings=256, num_hidden_layers=1, num_key_value_heads=1, head_dim=2)
+    config = SimpleNamespace(max_position_embeddings=256, num_hidden_layers=1, num_key_value_heads=1, head_dim=2, vocab_size=117)
 
     def __init__(self, task, closes: int, ready: int):
         self.task, self.closes, self.ready = task, closes, ready
