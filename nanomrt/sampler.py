@@ -37,7 +37,7 @@ EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch rea
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
 MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: more rows' activations don't stay in a CPU's L2
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
-READ_BY = {"cpu": 1, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
+READ_BY = {"cpu": 16, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 
 
@@ -147,6 +147,14 @@ def new_cache(model: Llama, rows: int, length: int) -> Tensor:
                        dtype=compute_dtype(device), device=device)
 
 
+def resized(cache: Tensor, length: int) -> Tensor:
+    """A copy of the cache (layers,rows,K,·,D) with room for `length` tokens."""
+    kept, (layers, rows, K, _, D) = min(cache.shape[3], length), cache.shape
+    new = cache.new_zeros(layers, rows, K, length, D)
+    new[:, :, :, :kept] = cache[:, :, :, :kept]
+    return new
+
+
 def bytes_per_token(model: Llama) -> int:
     """What one token's keys and values take in all layers."""
     config = model.config
@@ -173,6 +181,7 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
     token, free = bytes_per_token(model), cache_room(model.device)
     row = T * token + 3 * 4 * model.config.vocab_size  # its cache; its logits, log-probs and their cumulative distribution
+    row += T * token // 2 * (model.device.type == "cpu")  # its keys, or values, once more while they grow
     if len(prefix.positions) > 1:
         free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
@@ -197,7 +206,8 @@ class Slots:
         reach = torch.zeros(S, dtype=torch.int64, device=segment.device).scatter_reduce(0, segment, branches.position, "amax")
         order = (reach[segment] * S + segment).argsort(descending=True, stable=True)  # (R,)
         self.row, self.waiting = order[:max_rows], order[max_rows:]  # (n,) the row in each slot
-        self.keys, self.values = (new_cache(model, len(self.row), max(T, SHORTEST)) for _ in range(2))
+        self.grows = segment.device.type == "cpu"  # on a GPU a recorded step needs its addresses
+        self.keys, self.values = (new_cache(model, len(self.row), SHORTEST if self.grows else max(T, SHORTEST)) for _ in range(2))
         self.contexts = None
         if keep:
             self.contexts = tuple(new_cache(model, len(segment), prefix.positions.shape[1] + T) for _ in range(2))
@@ -208,10 +218,16 @@ class Slots:
         self._share()
 
     def reserve(self, tokens: int) -> bool:
-        """Suffixes may grow by `tokens` now. Returns whether attention reads more of them than before."""
+        """Suffixes may grow by `tokens` now. Returns whether attention reads more of them than before, or less.
+
+        A CPU's cache is as long as what is read of it: its products are three times as fast over rows without gaps between them.
+        """
         before, by = self.read, READ_BY[self.keys.device.type]
         self.longest = min(self.longest + tokens, self.T)
-        self.read = min(max(-(-self.longest // by) * by, SHORTEST), self.keys.shape[3])
+        self.read = max(-(-self.longest // by) * by, SHORTEST)
+        if self.grows and self.read != before:
+            self.keys, self.values = (resized(cache, self.read) for cache in (self.keys, self.values))
+        self.read = min(self.read, self.keys.shape[3])
         return self.read != before
 
     def feed(self, length: Tensor) -> Attend:

@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
     prompts, owner, contexts = groups(4)
     prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
     T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
-    row = T * token + 3 * 4 * model.config.vocab_size  # with three numbers for each token that may be next
+    row = 3 * T * token // 2 + 3 * 4 * model.config.vocab_size  # while it grows; three numbers for each token that may be next
     exact = generate(model, prefix, branches, Sampling(9, ())).rows()
     copies = 2 * len(prompts) * 16
     monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T)) * token + 3 * row)
@@ -382,6 +382,22 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
     monkeypatch.setattr(sampler, "cache_room", lambda device: len(prompts) * 16 * token - 1)
     with pytest.raises(ValueError, match="caching 5 prompts of up to 16 tokens takes .* GB: give fewer or shorter prompts"):
         prefill(model, prompts)
+
+
+def test_a_cpu_reads_all_of_its_suffixes(model):
+    """They grow as far as they are read, in steps of 16, and shrink again; what they hold stays."""
+    prompts, owner, contexts = groups(1)
+    slots = sampler.Slots(model, prefill(model, prompts), branches_of(owner, contexts), 40, 60, keep=False)
+    sizes, n = [], len(owner)
+    for step in range(40):
+        slots.reserve(1)
+        slots.keys[:, :, :, step], slots.values[:, :, :, step] = step, -step
+        assert slots.read == slots.keys.shape[3] == slots.values.shape[3]
+        sizes.append(slots.read)
+    assert sizes == [16] * 16 + [32] * 16 + [48] * 8
+    slots.longest = 20
+    assert slots.reserve(1) and slots.keys.shape[:4] == (2, n, 2, 32)
+    assert (slots.keys[0, 0, 0, :, 0] == torch.arange(32)).all() and (slots.values[1, -1, 1, :, 7] == -torch.arange(32)).all()
 
 
 def test_caches_may_take_four_fifths_of_what_is_free(monkeypatch):
