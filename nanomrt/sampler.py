@@ -147,12 +147,19 @@ def new_cache(model: Llama, rows: int, length: int) -> Tensor:
                        dtype=compute_dtype(device), device=device)
 
 
-def resized(cache: Tensor, length: int) -> Tensor:
-    """A copy of the cache (layers,rows,K,·,D) with room for `length` tokens."""
-    kept, (layers, rows, K, _, D) = min(cache.shape[3], length), cache.shape
-    new = cache.new_zeros(layers, rows, K, length, D)
-    new[:, :, :, :kept] = cache[:, :, :, :kept]
-    return new
+def laid_out(whole: Tensor, length: int) -> Tensor:
+    """The beginning of a cache's memory (layers,rows,K,·,D) as a cache of `length` tokens a row."""
+    layers, rows, K, _, D = whole.shape
+    return whole.flatten()[: layers * rows * K * length * D].view(layers, rows, K, length, D)
+
+
+def moved(whole: Tensor, cache: Tensor, length: int) -> Tensor:
+    """The rows of a cache that is laid out in `whole`, with room for `length` tokens each, in the same memory."""
+    new, n, kept = laid_out(whole, length), cache.shape[1], min(cache.shape[3], length)
+    layers = range(len(new)) if length <= kept else reversed(range(len(new)))  # none is written over before it has moved
+    for layer in layers if length != cache.shape[3] else ():
+        new[layer, :n, :, :kept] = cache[layer, :, :, :kept].clone()
+    return new[:, :n]
 
 
 def bytes_per_token(model: Llama) -> int:
@@ -181,7 +188,6 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     """How many rows can be sampled at a time with suffixes of T tokens. Raises ValueError if not even one."""
     token, free = bytes_per_token(model), cache_room(model.device)
     row = T * token + 3 * 4 * model.config.vocab_size  # its cache; its logits, log-probs and their cumulative distribution
-    row += T * token // 2 * (model.device.type == "cpu")  # its keys, or values, once more while they grow
     if len(prefix.positions) > 1:
         free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
@@ -207,7 +213,8 @@ class Slots:
         order = (reach[segment] * S + segment).argsort(descending=True, stable=True)  # (R,)
         self.row, self.waiting = order[:max_rows], order[max_rows:]  # (n,) the row in each slot
         self.grows = segment.device.type == "cpu"  # on a GPU a recorded step needs its addresses
-        self.keys, self.values = (new_cache(model, len(self.row), SHORTEST if self.grows else max(T, SHORTEST)) for _ in range(2))
+        self.whole = tuple(new_cache(model, len(self.row), max(-(-T // SHORTEST) * SHORTEST, SHORTEST)) for _ in range(2))
+        self.keys, self.values = (laid_out(cache, SHORTEST) if self.grows else cache for cache in self.whole)
         self.contexts = None
         if keep:
             self.contexts = tuple(new_cache(model, len(segment), prefix.positions.shape[1] + T) for _ in range(2))
@@ -220,14 +227,13 @@ class Slots:
     def reserve(self, tokens: int) -> bool:
         """Suffixes may grow by `tokens` now. Returns whether attention reads more of them than before, or less.
 
-        A CPU's cache is as long as what is read of it: its products are three times as fast over rows without gaps between them.
+        On a CPU rows lie side by side as far as they are read: over gaps the products wait for memory, three times as long.
         """
         before, by = self.read, READ_BY[self.keys.device.type]
         self.longest = min(self.longest + tokens, self.T)
-        self.read = max(-(-self.longest // by) * by, SHORTEST)
-        if self.grows and self.read != before:
-            self.keys, self.values = (resized(cache, self.read) for cache in (self.keys, self.values))
-        self.read = min(self.read, self.keys.shape[3])
+        self.read = min(max(-(-self.longest // by) * by, SHORTEST), self.whole[0].shape[3])
+        if self.grows:
+            self.keys, self.values = map(moved, self.whole, (self.keys, self.values), (self.read, self.read))
         return self.read != before
 
     def feed(self, length: Tensor) -> Attend:

@@ -368,7 +368,7 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
     prompts, owner, contexts = groups(4)
     prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
     T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
-    row = 3 * T * token // 2 + 3 * 4 * model.config.vocab_size  # while it grows; three numbers for each token that may be next
+    row = T * token + 3 * 4 * model.config.vocab_size  # with three numbers for each token that may be next
     exact = generate(model, prefix, branches, Sampling(9, ())).rows()
     copies = 2 * len(prompts) * 16
     monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T)) * token + 3 * row)
