@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import tokenize
 from importlib import import_module
@@ -11,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from evaluate import summary_table
 from nanomrt import methods, mrt
 from nanomrt.config import ALGORITHMS, RunConfig
+from nanomrt.report import step_line
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -79,6 +82,22 @@ def test_the_example_of_a_new_method_works():
     assert credit.tolist() == [0, 0, 0, 0.5, 0.5, -0.5, -0.5]
     name, method = eval(f"{{{row}\n}}", vars(methods) | {"mrt": SimpleNamespace(**there)}).popitem()
     assert name == "first_hit" and method.gather is methods.traces_with_J and method.credit is there["first_hit_credit"]
+
+
+def test_the_newcomers_run_is_the_one_that_is_kept():
+    """Both step lines, the table but for two columns, the share of forced answers in a step's time and the largest |dlogp|."""
+    run = ROOT / "results/newcomer"
+    rows = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "reward" in row]
+    summary = json.loads((run / "summary.json").read_text())
+    assert README.count(f"\n{step_line(rows[-1], len(rows), eta=0.0)}\n") == 2
+    cells = lambda line: re.split(r"  +", line.strip())
+    shown = [cells(line) for line in README.splitlines()]
+    for row in map(cells, summary_table({"small": summary}).splitlines()):
+        assert [*row[:5], row[6]] in shown  # without the regret to 54 and to 144 tokens
+    trace, fork, update = (sum(row[f"seconds_{stage}"] for row in rows) for stage in ("trace", "fork", "update"))
+    assert f"({fork / (trace + fork + update):.0%} of a step in the run above)".replace("%", " %") in README
+    assert f"({max(row['max_logprob_diff'] for row in rows):.1e} at most in this run)".replace("e-0", "e-") in README
+    assert f"commit {summary['commit']}" in README
 
 
 def test_quoted_configurations_exist():
