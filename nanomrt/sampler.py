@@ -155,10 +155,11 @@ def laid_out(whole: Tensor, length: int) -> Tensor:
 
 def moved(whole: Tensor, cache: Tensor, length: int) -> Tensor:
     """The rows of a cache that is laid out in `whole`, with room for `length` tokens each, in the same memory."""
-    new, n, kept = laid_out(whole, length), cache.shape[1], min(cache.shape[3], length)
-    layers = range(len(new)) if length <= kept else reversed(range(len(new)))  # none is written over before it has moved
-    for layer in layers if length != cache.shape[3] else ():
-        new[layer, :n, :, :kept] = cache[layer, :, :, :kept].clone()
+    new, (layers, n, _, before, _) = laid_out(whole, length), cache.shape
+    if length == before:
+        return cache
+    for layer in range(layers) if length < before else reversed(range(layers)):  # none is written over before it has moved
+        new[layer, :n, :, :before] = cache[layer, :, :, :length].clone()
     return new[:, :n]
 
 
