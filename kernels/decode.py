@@ -3,8 +3,8 @@
 
 Decoding is bound by memory: a query meets each cached key once, so the time is the time to read the cache. Two things help. The
 branches of a segment are served together, so that 16 forks of one trace read it once and not 16 times: 2.9 times as fast as SDPA
-without sharing (H100, 64 prefixes of 4096 entries, suffixes of 256). And the keys are cut into chunks of CHUNK entries, so that few
-rows still fill a GPU. A program takes one chunk of one segment for a tile of its (branch, head) pairs and keeps, as in
+without sharing (H100, 64 prefixes of 4096 entries, suffixes of 256). And the keys are cut into chunks of CHUNK entries, so that
+few rows still fill a GPU. A program takes one chunk of one segment for a tile of its (branch, head) pairs and keeps, as in
 `kernels/attention.py`,
 
     (1) lse_c = log2 sum_n 2^(s_n)        (2) out_c = sum_n 2^(s_n - lse_c) v_n        over the entries n that the row sees
