@@ -247,7 +247,7 @@ class Countdown:
                 break
             kept, way = 0, None
             if last and not found and rng.random() < config.trace_backtrack:
-                way = self.way_back(last, by_value[problem.target], rng)
+                way = self.way_back(last, proposals, problem.target, rng)
             if way:
                 last, kept = way
             elif not found and (last is None or rng.random() >= config.trace_repeat):
@@ -259,14 +259,14 @@ class Countdown:
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
 
-    def way_back(self, failed: Chain, solutions: Sequence[Chain], rng: random.Random) -> tuple[Chain, int] | None:
-        """From the last running result of a failed attempt that can still reach the target: a solution that begins alike, and how
-        many operations both share. None if no running result can."""
+    def way_back(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int] | None:
+        """Another way on from the last running result of a failed attempt that can still reach the target, right or wrong, and
+        how many operations both share. None if no running result can."""
         for kept in reversed(range(1, self.config.used - 1)):
             shared = failed.numbers[: kept + 1], failed.ops[:kept]
-            right = [way for way in solutions if (way.numbers[: kept + 1], way.ops[:kept]) == shared]
-            if right:
-                return rng.choice(right), kept
+            ways = [way for way in proposals if (way.numbers[: kept + 1], way.ops[:kept]) == shared and way != failed]
+            if any(way.results[-1] == target for way in ways):
+                return rng.choice(ways), kept  # of right ones only, `yes` would always follow `<back>`, and no check be learned
         return None
 
     def thinking_tokens(self, response: Sequence[int]) -> int:
