@@ -5,10 +5,10 @@
     python compare.py config/small.py --algorithms small_grpo,mrt_online --seeds 5
 
 An arm is an algorithm, or the name of a config file beside this one (`small_grpo`), perhaps with keys of its own
-(`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all. --labels "GRPO,MRT" renames the arms
-in tables and figures. Runs of one seed share their warm start, unless an arm's keys give it another: the row `warm start` is the
-baseline's, and a gain is over the arm's own. Every finished run is one file in results/<config's name>/: what has one isn't
-trained again (if its config was another, a warning says so), and an interrupted run goes on where it was.
+(`mrt_online+alpha=2`); the first arm is the baseline; any other `--key=value` holds for all that read it. --labels "GRPO,MRT"
+renames the arms in tables and figures. Runs of one seed share their warm start, unless an arm's keys give it another: the row
+`warm start` is the baseline's, and a gain is over the arm's own. Every finished run is one file in results/<config's name>/: what
+has one isn't trained again (if its config was another, a warning says so), and an interrupted run goes on where it was.
 
 What is compared, and how sure it is: nanomrt/comparison.py.
 """
@@ -42,6 +42,7 @@ from nanomrt.config import (
     parse_arm,
     parse_overrides,
     read_config,
+    reads,
     refuse_unread,
     run_name,
 )
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = parse_seeds(args.seeds)
         shared = parse_overrides(rest)
         jobs = [Job.of(args.config, arm, seed, shared, folder, args.split) for arm in names for seed in seeds]
+        refuse_unread(jobs[0].config, [key for key in shared if not any(key in job.overrides for job in jobs)])
     except ValueError as error:
         raise UserError(str(error)) from None
     runs = [job.run for job in jobs]
@@ -146,7 +148,8 @@ class Job:
             config_path = sibling
         else:
             own["algorithm"] = name
-        overrides = {**shared, **own, "seed": str(seed)}
+        algorithm = load_config(config_path, own).algorithm
+        overrides = {key: value for key, value in shared.items() if reads(algorithm, key)} | own | {"seed": str(seed)}
         if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(config_path, overrides)

@@ -242,12 +242,16 @@ def with_overrides(config: RunConfig, overrides: dict[str, str]) -> RunConfig:
     return replace(config, **{name: _typed(name, value, "command line") for name, value in overrides.items()})
 
 
+def reads(algorithm: str, name: str) -> bool:
+    return algorithm in READ_BY.get(name, ALGORITHMS)
+
+
 def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
     """Raises ValueError if the algorithm doesn't read one of these keys, which a user has set for it: it would change nothing."""
     for name in names:
-        if config.algorithm not in (methods := READ_BY.get(name, ALGORITHMS)):
+        if not reads(config.algorithm, name):
             raise ValueError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
-                             f"that reads it ({', '.join(methods)})")
+                             f"that reads it ({', '.join(READ_BY[name])})")
 
 
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

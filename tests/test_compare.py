@@ -12,7 +12,7 @@ import pytest
 
 import compare
 from nanomrt import comparison
-from nanomrt.config import UserError, load_config, parse_overrides, save_config
+from nanomrt.config import UserError, load_config, parse_overrides, refuse_unread, save_config
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
         "--trace_max_attempts=2", "--thinking_budget=12", "--eval_budget=12", "--hidden_size=16", "--intermediate_size=16",
@@ -62,6 +62,18 @@ def test_seeds():
     for wrong in ("", "0", "many", "-1", "1.5", ","):
         with pytest.raises(ValueError, match="a number of seeds, such as 3"):
             compare.parse_seeds(wrong)
+
+
+def test_a_key_for_all_holds_for_the_arms_that_read_it(tmp_path):
+    """The others train without it, or `train.py` would refuse it; a key that none of them reads is an error at once."""
+    grpo, mrt = (compare.Job.of(Path("config/tiny.py"), arm, 3, {"alpha": "2", "steps": "7"}, Path("r"), "test")
+                 for arm in ("grpo", "mrt_online"))
+    assert (mrt.config.alpha, mrt.config.steps, grpo.config.steps) == (2, 7, 7) and "alpha" not in grpo.overrides
+    assert grpo.setting == mrt.setting == "-alpha=2.0-steps=7"
+    refuse_unread(grpo.config, grpo.overrides)  # as `train.py` does
+    with pytest.raises(UserError, match="alpha changes nothing with algorithm=grpo"):
+        compare.main(["config/tiny.py", "--algorithms", "grpo", "--alpha=2", "--results", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arms, seeds", [("grpo,grpo", "1"), ("grpo", "0,0"), ("mrt_online,mrt_online+alpha=1", "1")])
