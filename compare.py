@@ -148,7 +148,7 @@ class Job:
             config_path = sibling
         else:
             own["algorithm"] = name
-        algorithm = load_config(config_path, own).algorithm
+        algorithm = own.get("algorithm") or load_config(config_path).algorithm
         overrides = {key: value for key, value in shared.items() if reads(algorithm, key)} | own | {"seed": str(seed)}
         if device_of(load_config(config_path, overrides)) == "cpu":
             overrides["threads"] = "1"

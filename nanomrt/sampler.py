@@ -214,7 +214,8 @@ class Slots:
         order = (reach[segment] * S + segment).argsort(descending=True, stable=True)  # (R,)
         self.row, self.waiting = order[:max_rows], order[max_rows:]  # (n,) the row in each slot
         self.grows = segment.device.type == "cpu"  # on a GPU a recorded step needs its addresses
-        self.whole = tuple(new_cache(model, len(self.row), max(-(-T // SHORTEST) * SHORTEST, SHORTEST)) for _ in range(2))
+        # Keys and values (layers,n,K,T,D): their memory, with room for T in whole vectors, and how they lie in it now.
+        self.whole = tuple(new_cache(model, len(self.row), -(-T // SHORTEST) * SHORTEST) for _ in range(2))
         self.keys, self.values = (laid_out(cache, SHORTEST) if self.grows else cache for cache in self.whole)
         self.contexts = None
         if keep:

@@ -70,6 +70,9 @@ def test_a_key_for_all_holds_for_the_arms_that_read_it(tmp_path):
                  for arm in ("grpo", "mrt_online"))
     assert (mrt.config.alpha, mrt.config.steps, grpo.config.steps) == (2, 7, 7) and "alpha" not in grpo.overrides
     assert grpo.setting == mrt.setting == "-alpha=2.0-steps=7"
+    room = {"max_position_embeddings": "2000"}
+    long = compare.Job.of(Path("config/tiny.py"), "grpo+thinking_budget=900", 3, room, Path("r"), "test")
+    assert long.config.thinking_budget == 900  # which fits only with the key for all
     refuse_unread(grpo.config, grpo.overrides)  # as `train.py` does
     with pytest.raises(UserError, match="alpha changes nothing with algorithm=grpo"):
         compare.main(["config/tiny.py", "--algorithms", "grpo", "--alpha=2", "--results", str(tmp_path)])
