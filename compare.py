@@ -27,7 +27,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import train
-from data.countdown import Countdown
+from data import load_task
 from evaluate import distinct, evaluate_policy
 from nanomrt import checkpoint, comparison, report
 from nanomrt.config import (
@@ -55,7 +55,8 @@ TAKEN = {  # keys with a place of their own, and which
     "threads": "on a CPU every run has one, so that CPU times compare",
 }
 # What all arms must have in common: the problems, and how they are measured.
-MEASURED = (*TASK_KEYS, "thinking_budget", "eval_problems", "eval_samples", "eval_budget")
+MEASURED = ("task", *(name for keys in TASK_KEYS.values() for name in keys), "thinking_budget", "eval_problems", "eval_samples",
+            "eval_budget")
 GATES = tuple(name for name in KEYS if name.startswith("gate_"))
 
 
@@ -272,7 +273,7 @@ def run_job(job: Job) -> None:
 def evaluated(job: Job) -> dict:
     """The run's file: where it comes from, what its stages took, and a point per checkpoint, from the warm start (step 0) on."""
     config, (made, *rows) = job.config, report.read_jsonl(job.run / "metrics.jsonl")
-    task, device = Countdown(config), choose_device(config)
+    task, device = load_task(config), choose_device(config)
     spent = {0: {"tokens": 0, "seconds": 0.0}} | {
         row["step"]: {"tokens": row["trace_tokens"] + row["fork_tokens"],
                       "seconds": row["seconds_cpu"] if device == "cpu" else row["seconds_total"]} for row in rows}

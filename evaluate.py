@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.countdown import Countdown
+from data import load_task
 from nanomrt import checkpoint, report, search
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = read_config(run / "config.json")
             folder = checkpoint.newest(run / "checkpoints")
             config = replace(config, device=args.device or config.device)
-            model, task = checkpoint.load_model(folder, choose_device(config)), Countdown(config)
+            model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
         sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data.countdown import Countdown
+from data import Task, load_task
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.model import Llama
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def think(model: Llama, task: Countdown, prompt: list[int], budget: int, sampling: Sampling,
+def think(model: Llama, task: Task, prompt: list[int], budget: int, sampling: Sampling,
           seed: int) -> Iterator[tuple[list[int], Segments]]:
     """Each episode as soon as it is complete (or the budget is used up), with a cache of all tokens before its last one.
 
@@ -132,7 +132,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(message)
 
 
-def load_run(run: Path, device: str) -> tuple[Llama, Countdown, RunConfig]:
+def load_run(run: Path, device: str) -> tuple[Llama, Task, RunConfig]:
     """The newest good checkpoint of a run, or the one that `run` names itself; its task and its config."""
     folder = run if (run / "model.safetensors").is_file() else None
     settings = (run.resolve().parent.parent if folder else run) / "config.json"  # run/checkpoints/step-000060
@@ -142,7 +142,7 @@ def load_run(run: Path, device: str) -> tuple[Llama, Countdown, RunConfig]:
     try:
         config = read_config(settings)
         model = checkpoint.load_model(folder or checkpoint.newest(run / "checkpoints"), device)
-        return model, Countdown(config), config
+        return model, load_task(config), config
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.countdown import SPLITS, Countdown
+from data import Task, load_task
+from data.task import SPLITS
 from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
@@ -86,10 +87,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def checked_task(config: RunConfig) -> Countdown:
+def checked_task(config: RunConfig) -> Task:
     """The task of a config. Raises UserError if it is impossible, or a split has no problems: now, and not after training."""
     try:
-        task = Countdown(config)
+        task = load_task(config)
         for split in SPLITS:
             task.problems(split, 1, "is there one?")
     except ValueError as error:
@@ -97,7 +98,7 @@ def checked_task(config: RunConfig) -> Countdown:
     return task
 
 
-def starting_policy(folder: Path, task: Countdown, config: RunConfig, device: str) -> Llama:
+def starting_policy(folder: Path, task: Task, config: RunConfig, device: str) -> Llama:
     """The model of a checkpoint folder. Raises UserError if there is none, or its vocabulary or context doesn't fit the task."""
     try:
         model = checkpoint.load_model(folder, device)
@@ -241,7 +242,7 @@ def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
     return [order[part.start : part.stop] for part in packs(lengths[order].tolist(), limit)]
 
 
-def finish(run: Run, task: Countdown, model: Llama, warm: Llama) -> None:
+def finish(run: Run, task: Task, model: Llama, warm: Llama) -> None:
     """Evaluate the warm start and the trained policy, draw the figures, write the summary and show both."""
     with run.timed("evaluation"):
         before = evaluate_splits(warm, task, run.config, ["test"], brief=True)

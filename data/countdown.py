@@ -24,13 +24,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice, permutations, product
+from itertools import permutations, product
 
+from data.task import SPLITS, TAGS, Task, last_answer
 from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
-SPECIAL = ("<unk>", "<pad>", "<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>")
-SPLITS = ("train", "validation", "test", "ood")
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong: it bounds what the parser sees
 MAX_MISSES = 20_000  # draws in a row that are none of a split's problems: then it is taken to have none
 
@@ -137,26 +136,8 @@ def evaluate(expression: str) -> tuple[Fraction, tuple[int, ...]] | None:
     return None if result is None else (result, tuple(sorted(numbers)))
 
 
-def last_answer(response: str) -> str | None:
-    """The last complete <answer> outside the thinking, or None. A response begins inside it: the prompt opened it."""
-    spoken = re.sub(r"<think>.*?(?:</think>|$)", " ", "<think>" + response, flags=re.DOTALL)
-    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", spoken, flags=re.DOTALL)
-    return answers[-1].strip() if answers else None
-
-
-class Countdown:
-    """The task, and all that training, sampling and evaluation know of it. Another task offers the same names, and keys
-    in nanomrt/config.py, where `longest_context` counts this one's tokens:
-
-    problems, draws                    what is asked
-    prompt, parse, show                the same as tokens, from a user and for the eye
-    warm_trace, audit                  what the warm start learns, and what it must be able to do
-    habits                             how a policy searches: what a table of accuracies doesn't explain
-    episode_ends, thinking_tokens      where an episode and where the thinking ends
-    forced_stop                        the tokens that end the thinking and ask for the answer
-    answer, grade                      what a response says in the end, and the verdict on it
-    tokenizer, open_episode, go_back, close_thinking, close_answer, attempt_tokens, answer_tokens     tokens and their counts
-    """
+class Countdown(Task):
+    """Problems, search traces with flaws, and the verdict."""
 
     def __init__(self, config: RunConfig):
         if not 2 <= config.used <= config.numbers <= config.number_max:
@@ -167,14 +148,11 @@ class Countdown:
         if not config.number_max <= config.target_max <= config.max_value:
             raise ValueError(f"need number_max <= target_max <= max_value, not number_max={config.number_max}, "
                              f"target_max={config.target_max}, max_value={config.max_value}")
-        self.config = config
         words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, config.max_value + 1)))
-        self.tokenizer = Tokenizer.from_words(words, SPECIAL)
-        self.open_thinking, self.close_thinking, self.open_answer, self.close_answer, self.open_episode, self.go_back = (
-            self.tokenizer.id(word) for word in ("<think>", "</think>", "<answer>", "</answer>", "<try>", "<back>"))
-        self.forced_stop = [self.close_thinking, self.open_answer]  # "time is up, answer now"
-        self.attempt_tokens = 3 * config.used  # <try>, the first number, (op, number, result) for each further one, the check
-        self.answer_tokens = 4 * config.used - 4  # used numbers, used - 1 operators, used - 2 pairs of brackets, </answer>
+        super().__init__(config, Tokenizer.from_words(words, ("<unk>", "<pad>", *TAGS)),
+                         attempt_tokens=3 * config.used,  # <try>, the first number, (op, number, result) per other one, the check
+                         answer_tokens=4 * config.used - 4,  # numbers, the operators and brackets between them, </answer>
+                         trace_tokens=3 * config.used * config.trace_max_attempts)
 
     # --- Problems ---
 
@@ -191,12 +169,8 @@ class Countdown:
         bucket = hashlib.sha256(repr(problem.key).encode()).digest()[0]  # 0..255, the same on every machine
         return "test" if bucket < 26 else "validation" if bucket < 52 else "train"
 
-    def problems(self, split: str, count: int, seed: int | str) -> list[Problem]:
-        """`count` problems of `split`, with repetition, a function of (seed, split) alone."""
-        return list(islice(self.draws(split, seed), count))
-
     def draws(self, split: str, seed: int | str) -> Iterator[Problem]:
-        """The same without an end, one by one. Raises ValueError with the fix if the split has none."""
+        """Problems of `split` without an end. Raises ValueError with the fix if it has none."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         config, rng, missed = self.config, random.Random(f"{seed}/{split}"), 0
@@ -269,26 +243,7 @@ class Countdown:
                 return rng.choice(ways), kept  # of right ones only, `yes` would always follow `<back>`, and no check be learned
         return None
 
-    def thinking_tokens(self, response: Sequence[int]) -> int:
-        """How many tokens a response thought before it answered: all, if it was cut off first."""
-        endings = (i for i, token in enumerate(response) if token in (self.close_thinking, self.close_answer))
-        return next(endings, len(response))
-
-    def episode_ends(self, response: Sequence[int]) -> list[int]:
-        """Where each episode of a response ends (exclusive): before the next `<try>` or `<back>`, before `</think>` (or a stray
-        `</answer>`), or where the response was cut off.
-
-        No `<try>`, no episode. The first episode owns whatever stands before its `<try>`.
-        """
-        close = self.thinking_tokens(response)
-        opens = [i for i in range(close) if response[i] in (self.open_episode, self.go_back)]
-        return [*opens[1:], close] if opens else []
-
     # --- Verdict ---
-
-    def answer(self, response: Sequence[int]) -> str:
-        """The last complete answer outside the thinking, as it is written; '' if there is none."""
-        return last_answer(self.tokenizer.decode(response)) or ""
 
     def grade(self, problem: Problem, text: str) -> float:
         """1.0 if the last complete answer of a response, given as text, outside the thinking reaches the target with the given

@@ -7,6 +7,7 @@ The model's own shape is saved beside its weights (`ModelConfig`) and comes from
 """
 
 import difflib
+import hashlib
 import json
 import math
 import runpy
@@ -21,6 +22,7 @@ from nanomrt.files import replace_text
 ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime")
 CHOICES = {
     "algorithm": ALGORITHMS,
+    "task": ("countdown", "gsm8k"),
     "advantage_norm": ("mean", "mean_std", "rloo"),
     "progress_norm": ("none", "std", "mean", "mean_std", "group_std"),
     "loss_norm": ("token", "sequence", "constant"),
@@ -64,7 +66,9 @@ class RunConfig:
     save_every: int = key(20, "steps between checkpoints", 1)
     sample_every: int = key(10, "steps between printed rollouts", 1)
 
-    # task: Countdown (data/countdown.py)
+    task: str = key("countdown", "what is learned (data/): countdown, or gsm8k")
+
+    # task=countdown (data/countdown.py)
     numbers: int = key(3, "numbers given")
     used: int = key(3, "numbers that an answer uses")
     number_max: int = key(13, "given numbers lie in 1..number_max")
@@ -76,18 +80,27 @@ class RunConfig:
     ood_target_min: int = key(45, "targets from here on with few solutions form the OOD split")
     ood_max_solutions: int = key(2, "how few", 1)
 
-    # warm start: random search traces with flaws (nanomrt/warmstart.py)
+    # task=gsm8k (data/gsm8k.py); problems beyond one of the three limits, in tokens, are left out
+    data_dir: str = key("data/gsm8k", "the folder of train.jsonl and test.jsonl")
+    prompt_tokens: int = key(192, "longest question", 1)
+    step_tokens: int = key(64, "longest step of a solution, which is an episode", 1)
+    solution_tokens: int = key(256, "longest solution", 1)
+    ood_min_steps: int = key(6, "test problems whose solution has so many steps form the OOD split; training has shorter ones", 1)
+    bpe_vocab: int = key(2048, "size of the vocabulary that is learned from the problems, unless warm_from brings one", 300)
+
+    # warm start (nanomrt/warmstart.py): Countdown's random search traces with flaws, or people's solutions
     trace_max_attempts: int = key(12, "attempts in the longest trace", 1)
     trace_repeat: float = key(0.3, "probability that the attempt after a failure repeats it", 0, 1)
     trace_go_on: float = key(0.7, "probability that a success is checked once more", 0, 1)
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt", 0, 1)
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction", 0, 1)
     trace_backtrack: float = key(0.0, "probability of going back, after a failure, to a running result that can succeed", 0, 1)
+    warm_from: str = key("", "a pretrained model's folder, in Hugging Face's layout, that it begins with; empty: from nothing")
     warm_steps: int = key(500, "optimiser steps", 1)
     warm_batch: int = key(64, "traces per step", 1)
     warm_check_weight: float = key(1.0, "weight of `yes` and `no` in the loss; a proposal weighs .5, all else 1", 0)
-    warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices", 0)
-    warm_adamw_lr: float = key(3e-3, "AdamW learning rate, embeddings and norms", 0)
+    warm_muon_lr: float = key(0.02, "Muon learning rate, hidden matrices; 0: AdamW for these, too", 0)
+    warm_adamw_lr: float = key(3e-3, "AdamW learning rate: embeddings, norms, and what Muon doesn't train", 0)
     gate_result: float = key(0.95, "least share of right intermediate results before RL begins", 0, 1)
     gate_check_precision: float = key(0.8, "least share of `yes` that are right", 0, 1)
     gate_check_recall: float = key(0.7, "least share of solved attempts that get a `yes`", 0, 1)
@@ -163,7 +176,10 @@ class RunConfig:
              f"minibatches={self.minibatches}"),
             (self.longest_context <= self.max_position_embeddings,
              f"prompt + budget + answer can take {self.longest_context} tokens, more than max_position_embeddings="
-             f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or trace_max_attempts"),
+             f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or "
+             f"{'trace_max_attempts' if self.task == 'countdown' else 'solution_tokens'}"),
+            (not self.warm_from or self.task != "countdown",
+             "warm_from brings a vocabulary of its own, and Countdown has one token per number: leave it empty, or task=gsm8k"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             *((getattr(self, name) > 0, f"{name} must be positive") for name in ("learning_rate", "grad_clip", "J_discount")),
             (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm in ("grpo", "mrt_online", "mrt", "mrt_b"),
@@ -190,19 +206,26 @@ class RunConfig:
     @property
     def longest_context(self) -> int:
         """Tokens that a context can come to: prompt, thinking and answer."""
-        prompt, answer = self.numbers + 4, 4 * self.used - 2  # answer: numbers, operators, brackets and the tags around them
+        if self.task == "countdown":
+            prompt, trace = self.numbers + 4, 3 * self.used * self.trace_max_attempts
+            answer = 4 * self.used - 2  # numbers, operators, brackets and the tags around them
+        else:
+            prompt, trace, answer = self.prompt_tokens, self.solution_tokens, 14
         twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
-        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, 3 * self.used * self.trace_max_attempts)
+        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, trace)
         # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
         return prompt + thinking + answer * (2 + twice)
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}
-# What the problems are.
-TASK_KEYS = ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
-             "ood_target_min", "ood_max_solutions")
+TASK_KEYS = {  # what the problems of a task are
+    "countdown": ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
+                  "ood_target_min", "ood_max_solutions"),
+    "gsm8k": ("data_dir", "prompt_tokens", "step_tokens", "solution_tokens", "ood_min_steps", "bpe_vocab"),
+}
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
+LONGEST_NAME = 160  # of a run, in characters: file systems allow 255 bytes, and suffixes follow
 BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
@@ -247,8 +270,11 @@ def reads(algorithm: str, name: str) -> bool:
 
 
 def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
-    """Raises ValueError if the algorithm doesn't read one of these keys, which a user has set for it: it would change nothing."""
+    """Raises ValueError if algorithm or task don't read one of these keys, which a user has set: it would change nothing."""
     for name in names:
+        for task in TASK_KEYS.keys() - {config.task}:
+            if name in TASK_KEYS[task]:
+                raise ValueError(f"{name} changes nothing with task={config.task}: leave it out, or set task={task}")
         if not reads(config.algorithm, name):
             raise ValueError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
                              f"that reads it ({', '.join(READ_BY[name])})")
@@ -306,11 +332,12 @@ def parse_arm(arm: str) -> tuple[str, dict[str, str]]:
 
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
-    has anyway nor keys of HOW."""
+    has anyway nor keys of HOW. A name too long for a folder ends with a hash of all of it."""
     before, after = load_config(path), load_config(path, overrides)
     changed = [name for name in sorted(overrides) if name not in HOW and getattr(after, name) != getattr(before, name)]
     values = [f"{name}={getattr(after, name)}".replace("/", "_") for name in changed]
-    return "-".join([Path(path).stem, *values])
+    name = "-".join([Path(path).stem, *values])
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 
 def complete(saved: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.countdown import Countdown
+from data import load_task
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, parse_arm, read_config, with_overrides
 from nanomrt.methods import METHODS, Gathered, traces, traces_for_progress, traces_with_J
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args.run / "config.json")
         arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
         folder = args.checkpoint or checkpoint.newest(args.run / "checkpoints")
-        task = Countdown(config)
+        task = load_task(config)
         problems = task.problems("train", args.problems, "influence")
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None

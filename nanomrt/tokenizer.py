@@ -1,9 +1,9 @@
 """Text to token ids and back: a thin layer over `tokenizers`, whose `tokenizer.json` travels with each checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 
@@ -21,12 +21,36 @@ class Tokenizer:
             raise ValueError("the words of a tokenizer must be distinct")
         inner = HFTokenizer(models.WordLevel(vocab, unk_token=special[0]))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+        return cls(inner).with_special(special)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], size: int, special: Sequence[str]) -> "Tokenizer":
+        """A byte-level BPE of at most `size` tokens, learned from `texts`, special tokens first. Any text can be encoded; digits
+        stay single, so that numbers are written as they are computed."""
+        inner = HFTokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        inner.decoder = decoders.ByteLevel()
+        inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), show_progress=False,
+                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         return cls(inner)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        return cls(HFTokenizer.from_file(str(path)))
+        """Raises ValueError if there is no such file, or it is no tokenizer."""
+        try:
+            inner = HFTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} is no tokenizer ({error}): name a checkpoint folder with tokenizer.json") from None
+        inner.no_truncation()  # settings of whoever trained it, which would cut or pad what is encoded
+        inner.no_padding()
+        return cls(inner)
+
+    def with_special(self, special: Sequence[str]) -> "Tokenizer":
+        """The same, and each of these words is one token: where it was none, the vocabulary grows by it."""
+        inner = HFTokenizer.from_str(self._inner.to_str())
+        inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+        return Tokenizer(inner)
 
     def save(self, path: Path) -> None:
         self._inner.save(str(path))
@@ -43,6 +67,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included: they carry the structure that a grader reads."""

@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,14 +25,17 @@ from nanomrt import checkpoint, report
 from nanomrt.config import TASK_KEYS, RunConfig, UserError
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.rollout import roll_out, training_sampling
+from nanomrt.tokenizer import Tokenizer
 
 
 def warm_optimizers(model: Llama, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for everything else: embeddings are no linear maps, norms no matrices."""
-    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    other = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
-    return [torch.optim.Muon(hidden, lr=config.warm_muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(other, lr=config.warm_adamw_lr, weight_decay=0.0, betas=(0.9, 0.95))]
+    """Muon for the hidden matrices, AdamW for everything else: embeddings are no linear maps, norms no matrices. Without a
+    learning rate for Muon, AdamW for all: it has pretrained them."""
+    is_hidden = lambda name, p: p.ndim == 2 and "layers" in name and config.warm_muon_lr > 0
+    hidden = [p for name, p in model.named_parameters() if is_hidden(name, p)]
+    other = [p for name, p in model.named_parameters() if not is_hidden(name, p)]
+    muon = [torch.optim.Muon(hidden, lr=config.warm_muon_lr, weight_decay=0.0)] if hidden else []
+    return [*muon, torch.optim.AdamW(other, lr=config.warm_adamw_lr, weight_decay=0.0, betas=(0.9, 0.95))]
 
 
 class Fp32(TorchFunctionMode):
@@ -59,7 +62,7 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
     problems = task.draws("train", f"{config.seed}/{stage}")
     optimizers = warm_optimizers(model, config)
     peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    scale = 1 / (config.warm_batch * task.attempt_tokens * config.trace_max_attempts)  # the constant normaliser
+    scale = 1 / (config.warm_batch * task.trace_tokens)  # the constant normaliser
     for step in range(config.warm_steps):
         rows, weights = [], []
         for problem in islice(problems, config.warm_batch):
@@ -89,7 +92,7 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
 
 
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
-SHAPING_KEYS = (*TASK_KEYS, "seed", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+SHAPING_KEYS = ("task", "seed", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
 
 GATE_ADVICE = {
@@ -112,7 +115,7 @@ def gates(model: Llama, task, config: RunConfig) -> dict[str, tuple[float, float
 def shaping(config: RunConfig) -> dict:
     """The keys that shape a warm start, with their values."""
     return {name: value for name, value in asdict(config).items()
-            if name.startswith(("trace_", "warm_")) or name in SHAPING_KEYS}
+            if name.startswith(("trace_", "warm_")) or name in (*SHAPING_KEYS, *TASK_KEYS[config.task])}
 
 
 def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
@@ -120,6 +123,31 @@ def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
     it."""
     digest = hashlib.sha256(json.dumps(shaping(config), sort_keys=True).encode()).hexdigest()[:10]
     return Path(config.out_dir) / f"{stage.replace(' ', '-')}-{digest}"
+
+
+def untrained(task, config: RunConfig) -> Llama:
+    """What the warm start trains: a new network, or the one in `warm_from` with the task's tags. Raises UserError if that can't
+    be loaded."""
+    if not config.warm_from:
+        shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
+        return Llama(ModelConfig(len(task.tokenizer), **shape)).initialise(torch.Generator().manual_seed(config.seed))
+    folder = Path(config.warm_from)
+    try:
+        return with_vocabulary(checkpoint.load_model(folder), len(Tokenizer.load(folder / "tokenizer.json")), len(task.tokenizer))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"cannot start from {folder}: {error}") from None
+
+
+def with_vocabulary(model: Llama, known: int, size: int) -> Llama:
+    """The same model for a vocabulary of `size` tokens. The first `known` keep their embeddings; each other one begins as their
+    mean, which is likelier than a random one to be somewhere that the layers can read. Rows that no token had are dropped."""
+    weights = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = weights[name][:known]
+        weights[name] = torch.cat([rows, rows.mean(0, keepdim=True).expand(size - known, -1)])
+    grown = Llama(replace(model.config, vocab_size=size))
+    grown.load_state_dict(weights)
+    return grown
 
 
 def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
@@ -134,9 +162,7 @@ def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
 def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
     """The checkpoint folder of the first stage of this config's warm start that passes the gates. A stage is trained if it isn't
     there, and saved. Raises UserError with advice if a gate fails after the last, unless `force`, which takes the first."""
-    shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
-    model = Llama(ModelConfig(vocab_size=len(task.tokenizer), **shape))
-    model.initialise(torch.Generator().manual_seed(config.seed)).to(device)
+    model = untrained(task, config).to(device)
     for stage in STAGES:
         folder = warm_folder(config, stage)
         if checkpoint.damage(folder) is None:

@@ -251,6 +251,12 @@ def test_run_names(overrides, name):
     assert run_name("config/small.py", overrides) == name
 
 
+def test_long_run_names_are_cut_and_stay_different():
+    """A path among the keys is no reason to fail when the folder is made."""
+    one, two = (run_name("config/small.py", {"init_from": "a/very/long/path/" * 20, "steps": steps}) for steps in ("7", "8"))
+    assert one != two and one[:140] == two[:140] and len(one) == len(two) == 160 and "/" not in one
+
+
 def test_saved_configs_read_back_equal(tmp_path):
     """save, read: the same config with the same types, also where a float is whole."""
     config = RunConfig(steps=3, alpha=2.0, operators="+-*/", learning_rate=1e-7, init_from="out/x")
@@ -329,6 +335,8 @@ def test_config_files_load(path):
     a method samples fits the context."""
     config = load_config(path)
     assert all(load_config(path, {"algorithm": name}).algorithm == name for name in ALGORITHMS)
+    if config.task == "gsm8k":  # its data don't come with nanomrt: tests/test_gsm8k.py has some like it
+        return
     task = Countdown(config)
     assert all(task.problems(split, 2, 0) for split in ("train", "validation", "test", "ood"))
     ModelConfig(vocab_size=len(task.tokenizer),

@@ -1,0 +1,366 @@
+"""data/gsm8k.py: whatever people write is read, graded and cut into steps rightly, and a pretrained model keeps what it knows."""
+
+import json
+import random
+import signal
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sample
+import train
+from data import load_task
+from data.gsm8k import GSM8K, Problem, holds, number, read
+from data.task import SPLITS, TAGS
+from evaluate import distinct
+from nanomrt import checkpoint
+from nanomrt.config import RunConfig, UserError, load_config, refuse_unread
+from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.report import read_jsonl
+from nanomrt.tokenizer import Tokenizer
+from nanomrt.warmstart import untrained, warm_optimizers, with_vocabulary
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"task": "gsm8k", "ood_min_steps": 4, "prompt_tokens": 60, "step_tokens": 40, "solution_tokens": 160, "bpe_vocab": 300,
+         "thinking_budget": 60, "eval_budget": 60, "max_position_embeddings": 320}
+
+
+def story(i: int, steps: int) -> dict:
+    """A problem like the dataset's, with annotations, a thousands separator now and then, and `steps` additions."""
+    total, lines = 1000 * (i % 3), []
+    for step in range(steps):
+        lines.append(f"After day {step + 1} it is {total} + {i + 2} = <<{total}+{i + 2}={total + i + 2}>>{total + i + 2} coins.")
+        total += i + 2
+    return {"question": f"Box {i} has {1000 * (i % 3)} coins and gets {i + 2} a day. How many after {steps} days?",
+            "answer": "\n".join(lines) + f"\n#### {total:,}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gsm8k")
+    for name, count in (("train", 120), ("test", 40)):
+        lines = [json.dumps(story(i + 200 * (name == "test"), 2 + i % 4)) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> RunConfig:
+    return RunConfig(data_dir=str(folder), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def task(config) -> GSM8K:
+    return load_task(config)
+
+
+# --- Numbers ---
+
+
+@given(st.integers(-10**15, 10**15), st.sampled_from(["", "$"]), st.sampled_from(["", ".", "%", " %", "%."]))
+def test_a_number_is_read_however_it_is_written(value, sign, end):
+    minus, size = "-" * (value < 0) + sign, abs(value)
+    assert number(f" {minus}{size}{end} ") == number(f"{minus}{size:,}{end}") == number(f"{minus}{size}.0") == value
+
+
+@given(st.text(max_size=60))
+def test_anything_else_is_no_number_and_nothing_is_evaluated(text):
+    value = number(text)
+    assert value is None or any(character.isdigit() for character in text)
+
+
+@pytest.mark.parametrize("text", ["", "-", "$", ".", "1,20", "1,2000", "12,34", "1 2", "3/4", "2*3", "1e9", "0x1F", "٣", "７", "½",
+                                  "nan", "inf", "--5", "1.2.3", "9" * 400, "72 apples", "<b>72"])
+def test_what_is_no_number(text):
+    assert number(text) is None
+
+
+@pytest.mark.parametrize("step, arithmetic", [
+    ("so 2 + 3 = 5", 1.0), ("so 2+3=6", 0.0), ("$1,200 x 2 = $2,400", 1.0), ("10 / 3 = 3.33", 1.0), ("10 / 3 = 3.3", 0.0),
+    ("5 - 8 = -3", 1.0), ("2 + 3 = 5 and 5 + 1 = 7", 0.5),
+    # no equation of two numbers: nothing is said of them
+    ("2 * 3 * 4 = 24", 0.0), ("(3 + 4) * 2 = 14", 0.0), ("20 * 10% = 2", 0.0), ("x = 5", 0.0), ("2 + 3", 0.0),
+])
+def test_equations_of_two_numbers_are_checked(task, step, arithmetic):
+    response = [task.open_episode, *task.tokenizer.encode(step), task.close_thinking]
+    assert task.habits([None], [response], 0)["arithmetic"] == arithmetic == task.audit([None], [response], [0.0])["result"]
+
+
+def test_a_chain_is_not_read_as_its_end(task):
+    """4 * 2 = 24 is no part of 3 * 4 * 2 = 24: a wrong equation would be counted."""
+    response = [task.open_episode, *task.tokenizer.encode("3 * 4 * 2 = 24, then 1 + 1 = 2"), task.close_thinking]
+    assert task.habits([None], [response], 0)["arithmetic"] == 1.0
+
+
+def test_division_by_zero_does_not_hold():
+    assert not holds("1", "/", "0", "0")
+
+
+# --- Files ---
+
+
+def test_a_line_is_a_problem(tmp_path):
+    """Annotations and blank lines go, the separator of thousands is read."""
+    row = {"question": " How many? ", "answer": "He has 2*600 = <<2*600=1200>>1,200.\n\nThat is it.\n#### 1,200"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    assert read(tmp_path / "train.jsonl") == [Problem("How many?", ("He has 2*600 = 1,200.", "That is it."), Fraction(1200))]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"question": "?"}', '{"question": "?", "answer": "many\\n#### many"}',
+                                  '{"question": "?", "answer": "no result"}', '{"question": 1, "answer": "#### 1"}', "\n"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "train.jsonl").write_text(json.dumps(story(0, 2)) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r'train.jsonl, line 2: expected \{"question'):
+        read(tmp_path / "train.jsonl")
+
+
+def test_missing_files_say_where_they_come_from(tmp_path):
+    with pytest.raises(ValueError, match=r"no file .*train.jsonl: put GSM8K's .* there \(https://.*\), or .* --data_dir=…"):
+        load_task(RunConfig(data_dir=str(tmp_path), **SMALL))
+
+
+# --- Problems ---
+
+
+def test_no_problem_is_in_two_splits_and_all_are_used(task, folder):
+    keys = {split: {problem.key for problem in task.pools[split]} for split in SPLITS}
+    assert sum(map(len, keys.values())) == len(set.union(*keys.values()))
+    known, unseen = ({problem.key for problem in read(folder / f"{name}.jsonl")} for name in ("train", "test"))
+    assert keys["train"] | keys["validation"] < known and keys["test"] | keys["ood"] == unseen
+    assert min(map(len, keys.values())) >= 5
+
+
+def test_out_of_distribution_means_longer(task):
+    assert all((len(problem.steps) >= 4) == (split == "ood") for split in SPLITS for problem in task.pools[split])
+
+
+def test_problems_are_a_function_of_seed_and_split(task, config):
+    again = load_task(config)
+    for split in SPLITS:
+        assert task.problems(split, 20, "a") == again.problems(split, 20, "a") != task.problems(split, 20, "b")
+    assert {problem.key for problem in distinct(task, "test", 99, 0)} == {problem.key for problem in task.pools["test"]}
+    with pytest.raises(ValueError, match="split 'tests' is none of train, validation, test, ood"):
+        task.problems("tests", 1, 0)
+
+
+@pytest.mark.parametrize("limit", ["prompt_tokens", "step_tokens", "solution_tokens"])
+def test_what_exceeds_a_limit_is_left_out(task, config, limit):
+    """Of the tokens that are really fed: the longest that is kept has exactly the limit."""
+    def length(problem: Problem) -> int:
+        response, _ = task.warm_trace(problem, random.Random(0))
+        ends = task.episode_ends(response)
+        return {"prompt_tokens": len(task.prompt(problem)), "step_tokens": max(b - a for a, b in zip([0, *ends], ends)),
+                "solution_tokens": task.thinking_tokens(response)}[limit]
+
+    lengths = sorted({length(problem) for problem in task.pools["train"]})
+    shorter = load_task(replace(config, **{limit: lengths[-2]}))
+    assert shorter.pools["train"] == [problem for problem in task.pools["train"] if length(problem) <= lengths[-2]]
+
+
+def test_no_problem_within_the_limits(config):
+    with pytest.raises(ValueError, match="no train problem of .* within the limits: raise prompt_tokens, step_tokens or"):
+        load_task(replace(config, prompt_tokens=3)).problems("train", 1, 0)
+    with pytest.raises(UserError, match="no ood problem of .* or change ood_min_steps"):
+        train.checked_task(replace(config, ood_min_steps=9))
+
+
+# --- Traces ---
+
+
+def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
+    for problem in task.pools["train"]:
+        response, weights = task.warm_trace(problem, random.Random(0))
+        text = task.tokenizer.decode(response)
+        assert task.grade(problem, text) == 1.0 and task.answer(response) == str(problem.answer)
+        assert len(task.episode_ends(response)) == len(problem.steps) and set(weights) == {1.0} and len(weights) == len(response)
+        assert len(task.prompt(problem)) + len(response) <= config.longest_context
+        assert text.split("</think>")[0] == "".join(f"<try>{step}" for step in problem.steps)
+    habits = task.habits([problem], [response], 60)
+    assert habits == {"attempts": len(problem.steps), "repeats": 0.0, "arithmetic": 1.0}
+    assert task.audit([problem], [response, response[:-1]], [1.0, 0.0]) == {"result": 1.0, "answer": 0.5}
+
+
+def test_a_repeated_step_is_counted(task):
+    one, two = ([task.open_episode, *task.tokenizer.encode(text)] for text in ("2 + 2 = 4", "so it is 4"))
+    assert task.habits([None], [[*one, *two, *one, task.close_thinking]], 60)["repeats"] == 0.5
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("2 </think> <answer> 1200 </answer>", 1.0), ("</think><answer>$1,200.00</answer>", 1.0),
+    ("</think><answer>7</answer><answer>1200</answer>", 1.0), ("</think><answer>1200</answer><answer>7</answer>", 0.0),
+    ("<answer>1200</answer>", 0.0), ("<answer>1200</answer></think>", 0.0), ("</think><answer>1200", 0.0),
+    ("</think><answer>1200 coins</answer>", 0.0), ("</think><answer></answer>", 0.0), ("</think><answer>600*2</answer>", 0.0),
+    ("", 0.0),
+])
+def test_the_last_complete_answer_outside_of_the_thinking_counts(task, text, reward):
+    assert task.grade(Problem("?", (), Fraction(1200)), text) == reward
+
+
+def test_equal_answers_are_equal_texts(task):
+    """Votes compare them."""
+    said = lambda text: task.answer([*task.forced_stop, *task.tokenizer.encode(text), task.close_answer])
+    assert said("$1,200") == said("1200.0") == "1200" and said("many") == "" == task.answer([])
+
+
+def test_a_problem_from_a_user(task):
+    assert task.parse("How many are 3 and 4? #### 7") == Problem("How many are 3 and 4?", (), Fraction(7))
+    for text in ("How many?", "#### 7", "How many? #### lots", ""):
+        with pytest.raises(ValueError, match="expected a question and its answer, such as 'Ann"):
+            task.parse(text)
+
+
+# --- Tokens ---
+
+
+@given(text=st.text(max_size=40))
+def test_any_text_survives_the_vocabulary(task, text):
+    if not any(tag in text for tag in TAGS):
+        assert task.tokenizer.decode(task.tokenizer.encode(text)) == text
+        assert task.tokenizer.encode_batch([text]) == [task.tokenizer.encode(text)]
+
+
+def test_digits_stay_single_and_tags_are_tokens(task):
+    assert len(task.tokenizer) == SMALL["bpe_vocab"]
+    assert len(task.tokenizer.encode("2048")) == 4
+    assert [task.tokenizer.encode(tag) for tag in TAGS] == [[task.tokenizer.id(tag)] for tag in TAGS]
+
+
+def test_settings_of_whoever_trained_a_vocabulary_do_not_cut_or_pad(task, tmp_path):
+    inner = Tokenizer(task.tokenizer._inner).with_special(())._inner
+    inner.enable_truncation(2)
+    inner.enable_padding(length=8)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.encode("How many coins?") == task.tokenizer.encode("How many coins?")
+
+
+# --- A pretrained model ---
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def pretrained(request, tmp_path_factory, folder) -> Path:
+    """Somebody's checkpoint: random weights, one of the tags in its vocabulary, and rows that no token has, as in Qwen's."""
+    written = tmp_path_factory.mktemp(request.param)
+    texts = [story(i, 3)["question"] for i in range(50)]
+    tokenizer = Tokenizer.from_texts(texts, 300, ["<|endoftext|>", "<think>"])
+    shape = ModelConfig(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                        num_key_value_heads=1, head_dim=8, max_position_embeddings=320, rope_theta=5000.0,
+                        tie_word_embeddings=request.param == "llama", attention_bias=request.param == "qwen2")
+    checkpoint.save(written / "model", Llama(shape).initialise(torch.Generator().manual_seed(1)), tokenizer, {})
+    return written / "model"
+
+
+def test_a_pretrained_model_keeps_what_it_knows(pretrained, config):
+    """Text without tags has the same hidden states and logits, bit for bit; a tag that it lacked is the mean of its tokens."""
+    config = replace(config, warm_from=str(pretrained))
+    task, before = load_task(config), checkpoint.load_model(pretrained)
+    after = untrained(task, config)
+    known = len(Tokenizer.load(pretrained / "tokenizer.json"))
+    assert after.config == replace(before.config, vocab_size=len(task.tokenizer)) and len(task.tokenizer) == known + len(TAGS) - 1
+    assert task.open_thinking < known <= task.close_thinking
+    tokens = torch.tensor(task.tokenizer.encode("How many coins are in 12 boxes?"))
+    packed = Packed.of(torch.tensor([len(tokens)]))
+    hidden = [model(tokens, packed.position_ids, packed) for model in (before, after)]
+    assert torch.equal(*hidden) and torch.equal(hidden[0] @ before.head[:known].T, (hidden[1] @ after.head.T)[:, :known])
+    for old, new in ((before.model.embed_tokens.weight, after.model.embed_tokens.weight), (before.head, after.head)):
+        torch.testing.assert_close(new[known:], old[:known].mean(0, keepdim=True).expand(len(TAGS) - 1, -1))
+
+
+def test_a_vocabulary_may_stay_as_it_is():
+    shape = ModelConfig(8, 4, 4, 1, 1, 1, 4, 16)
+    model = Llama(shape).initialise(torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), with_vocabulary(model, 8, 8).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("missing, message", [
+    ("tokenizer.json", "tokenizer.json is no tokenizer .*: name a checkpoint folder with tokenizer.json"),
+    ("model.safetensors", "cannot start from .*: .* it has no model.safetensors"),
+])
+def test_half_a_pretrained_model_is_named(pretrained, config, tmp_path, missing, message):
+    for path in pretrained.iterdir():
+        if path.name != missing:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = replace(config, warm_from=str(tmp_path))
+    with pytest.raises((UserError, ValueError), match=message):
+        untrained(load_task(config), config)
+
+
+def test_without_a_rate_for_muon_adamw_trains_everything(config):
+    model = Llama(ModelConfig(8, 4, 4, 1, 1, 1, 4, 16))
+    [adamw] = warm_optimizers(model, replace(config, warm_muon_lr=0.0))
+    assert isinstance(adamw, torch.optim.AdamW) and len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
+    muon, adamw = warm_optimizers(model, config)
+    assert sum(len(group["params"]) for some in (muon, adamw) for group in some.param_groups) == len(list(model.parameters()))
+
+
+# --- Config ---
+
+
+def test_keys_of_another_task_are_refused(config):
+    refuse_unread(config, ["prompt_tokens", "steps"])
+    with pytest.raises(ValueError, match="numbers changes nothing with task=gsm8k: leave it out, or set task=countdown"):
+        refuse_unread(config, ["numbers"])
+    with pytest.raises(ValueError, match="bpe_vocab changes nothing with task=countdown: leave it out, or set task=gsm8k"):
+        refuse_unread(RunConfig(), ["bpe_vocab"])
+
+
+def test_countdown_has_a_vocabulary_of_its_own():
+    with pytest.raises(ValueError, match="warm_from brings a vocabulary of its own.*leave it empty, or task=gsm8k"):
+        RunConfig(warm_from="somewhere")
+
+
+def test_a_context_too_short_for_the_solutions(config):
+    with pytest.raises(ValueError, match="lower thinking_budget, eval_budget or solution_tokens"):
+        replace(config, solution_tokens=999)
+
+
+# --- All of it ---
+
+
+@pytest.mark.parametrize("pretrained, algorithm", [("llama", "mrt_online"), ("qwen2", "mrt"), ("llama", "mrt_star")],
+                         indirect=["pretrained"])
+def test_the_pipeline_runs_from_a_pretrained_model(pretrained, folder, tmp_path, algorithm, capsys):
+    """Warm start, two steps, evaluation, and sample.py; the pretrained folder is left as it was."""
+    keys = {"base": str(ROOT / "config/gsm8k.py"), **SMALL, "data_dir": str(folder), "warm_from": str(pretrained),
+            "out_dir": str(tmp_path / "out"), "algorithm": algorithm, "warm_steps": 20, "warm_adamw_lr": 0.01, "warm_batch": 8,
+            "steps": 2, "prompts_per_step": 4, "group_size": 4, "eval_problems": 4, "eval_samples": 1, "device": "cpu"}
+    (tmp_path / "run.py").write_text("\n".join(f"{name} = {value!r}" for name, value in keys.items()))
+    before, contents = signal.getsignal(signal.SIGINT), {path: path.read_bytes() for path in pretrained.iterdir()}
+    try:
+        assert train.main([str(tmp_path / "run.py"), "--force"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert contents == {path: path.read_bytes() for path in pretrained.iterdir()}
+    run = tmp_path / "out/run"
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "reward" in row]
+    assert len(rows) == 2 and all(row["max_logprob_diff"] < 1e-4 for row in rows)
+    assert set(json.loads((run / "summary.json").read_text())["test"]["habits"]) == {"attempts", "repeats", "arithmetic"}
+    capsys.readouterr()
+    sample.main([str(run), "--prompt", "Box 1 has 0 coins and gets 3 a day. How many after 2 days? #### 6", "--budget=24"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] in ("right", "wrong")
+
+
+def test_config_files_of_the_task(folder):
+    """They load with any data that fit; from nothing one of them trains."""
+    config = load_config(ROOT / "config/gsm8k_scratch.py", {"data_dir": str(folder), "bpe_vocab": "300"})
+    assert untrained(load_task(config), config).config.vocab_size == 300
+    assert load_config(ROOT / "config/gsm8k.py").warm_from
+
+
+@pytest.mark.skipif(not (ROOT / "data/gsm8k/train.jsonl").is_file(), reason="GSM8K is not there")
+def test_the_real_dataset():
+    """Every solution that fits is a right trace, .98 of its equations hold, and the limits of config/gsm8k.py leave out few."""
+    config = load_config(ROOT / "config/gsm8k_scratch.py", {"ood_min_steps": "6", "prompt_tokens": "192", "step_tokens": "64",
+                                                            "solution_tokens": "256"})
+    task = load_task(config)
+    problems = [problem for split in SPLITS for problem in task.pools[split]]
+    traces = [task.warm_trace(problem, random.Random(0))[0] for problem in problems]
+    assert all(task.grade(problem, task.tokenizer.decode(trace)) == 1 for problem, trace in zip(problems, traces))
+    assert [len(task.episode_ends(trace)) for trace in traces] == [len(problem.steps) for problem in problems]
+    assert task.habits(problems, traces, 0)["arithmetic"] > 0.98
+    assert [len(task.pools[split]) for split in SPLITS] == [5939, 665, 1151, 131]
