@@ -10,7 +10,8 @@ decode    prompts of 8 tokens, up to 12 rows of each as in RL, 70 new tokens a r
           without CUDA graphs. `ragged` is RL's real case: each row has 1 … 70 new tokens; `generate` goes on to the longest.
 forks     64 traces of 108 tokens, 12 forced answers of 8 tokens in each: branches of the cached trace, against the same answers
           with every context prefilled again.
-step      what an MRT step samples: 32 x 12 traces of 1 … 12 episodes of 9 tokens, and an answer forced at the end of each.
+step      an MRT step in GRPO's schedule: 32 x 12 traces of 1 … 12 episodes of 9 tokens, an answer forced at the end of each, and
+          the update. Without forced answers it is a GRPO step: their share is the price of MRT.
 grpo      a whole step of GRPO: 32 x 12 rollouts of 70 tokens, which nobody ends, and the update; sampled tokens per second.
 roofline  only on a GPU: a decoding step of a 1.5B model over long random contexts, against `step_floor` at the rates of a copy
           and a matrix product that are measured just before; and 64 prefixes of 16 rows against a prefix for every row.
@@ -228,26 +229,31 @@ def prefilled_again(model: Llama, traces: list[list[int]], places: list[tuple[in
     return lambda: generate(model, prefill(model, contexts), branches, Sampling(ANSWER, (), 0.0), keep=False)
 
 
-def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
-    """Rollouts and the update of train.py; rewards are arbitrary."""
+def updating(model: Llama, prompts: list[list[int]], owner: list[int]) -> Callable[[Samples], object]:
+    """The update of train.py on rollouts of these prompts; rewards are arbitrary, and the weights stay."""
     at_a_time = 2048 if model.device.type == "cpu" else 8192  # what suits the device, as in config/small.py
-    config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)  # so the weights stay
+    config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    rows = len(prompts) * GROUP
-    sample, owner = ours(model, prompts, torch.full((rows,), NEW)), torch.arange(len(prompts)).repeat_interleave(GROUP)
+    optimizer, device = torch.optim.AdamW(model.parameters(), fused=True), model.device
+    context, group = torch.tensor([prompts[i][:-1] for i in owner], device=device), torch.tensor(owner, device=device)
 
-    def step() -> None:
-        samples, device = sample(), model.device
-        context = torch.tensor([prompts[i][:-1] for i in owner], device=device)
+    def update(samples: Samples) -> None:
+        step = torch.arange(samples.tokens.shape[1], device=device)
+        there = torch.cat([torch.ones_like(context), step < samples.lengths[:, None]], 1).bool()  # (R,P-1+T)
         tokens, before = torch.cat([context, samples.tokens], 1), torch.zeros_like(context)
-        batch = Batch(tokens.flatten(), torch.full((rows,), tokens.shape[1], device=device),
-                      torch.cat([before.bool(), samples.is_action], 1).flatten(),
-                      torch.cat([before.float(), samples.logprobs], 1).flatten(), tokens.sum(1).float() % 2, owner.to(device),
-                      torch.ones(rows, dtype=torch.bool, device=device))
+        batch = Batch(tokens[there], there.sum(1), torch.cat([before.bool(), samples.is_action], 1)[there],
+                      torch.cat([before.float(), samples.logprobs], 1)[there], tokens.sum(1).float() % 2, group,
+                      torch.ones_like(group, dtype=torch.bool))
         train.update(model, optimizer, batch, outcome_credit(batch, None, config), None, run)
 
-    return step
+    return update
+
+
+def grpo_step(model: Llama, prompts: list[list[int]]) -> Callable[[], object]:
+    """Rollouts of one length, and the update."""
+    sample = ours(model, prompts, torch.full((len(prompts) * GROUP,), NEW))
+    update = updating(model, prompts, [i for i in range(len(prompts)) for _ in range(GROUP)])
+    return lambda: update(sample())
 
 
 def trl_steps(model: Llama, task: Countdown, prompts: list[list[int]], repeats: int) -> float | None:
@@ -352,7 +358,7 @@ def fork_rows(model: Llama, count: int, timing: Timing) -> list[dict]:
 
 
 def step_rows(model: Llama, count: int, timing: Timing) -> list[dict]:
-    """Traces and forced answers of an MRT step with `count` prompts."""
+    """Traces, forced answers and the update of an MRT step with `count` prompts, in GRPO's schedule: one pass."""
     R, prompts = count * GROUP, random_rows(model, count, PROMPT)
     owner, generator = [r // GROUP for r in range(R)], torch.Generator().manual_seed(3)
     branches = Branches.of(owner, [PROMPT - 1] * R, [prompts[i][-1:] for i in owner], model.device, generator)
@@ -360,11 +366,14 @@ def step_rows(model: Llama, count: int, timing: Timing) -> list[dict]:
     sampling = Sampling((EPISODE * episodes).to(model.device), ())
     traces = lambda: generate(model, prefill(model, prompts), branches, sampling)
     places = [(r, PROMPT + EPISODE * (j + 1)) for r, n in enumerate(episodes.tolist()) for j in range(n)]
-    answers = forked(model, traces().segments(), places)
-    seconds = timing.medians("step", {"traces": traces, "forced answers": answers})
-    tokens = {"traces": EPISODE * int(episodes.sum()), "forced answers": len(places) * ANSWER}
+    sampled, update = traces(), updating(model, prompts, owner)
+    seconds = timing.medians("step", {"traces": traces, "forced answers": forked(model, sampled.segments(), places),
+                                      "update": lambda: update(sampled)})
+    trained = EPISODE * int(episodes.sum())
+    tokens = {"traces": trained, "forced answers": len(places) * ANSWER, "update": trained}
     return [{"case": f"step of {R} traces, {len(places)} forks", "provider": name, "seconds": value,
-             "tokens_per_second": tokens[name] / value, "times_nanomrt": value / seconds["traces"]}
+             "tokens_per_second": tokens[name] / value, "times_nanomrt": value / seconds["traces"],
+             "share_of_step": value / sum(seconds.values())}
             for name, value in seconds.items()]
 
 
@@ -405,6 +414,7 @@ COLUMNS = {
     "ms": lambda row: f"{1e3 * row['seconds']:.2f}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
     "x our time": lambda row: f"{row['times_nanomrt']:.2f}",
+    "of the step": lambda row: f"{row['share_of_step']:.0%}",
     "of the floor": lambda row: f"{row['share_of_floor']:.0%}",
     "goal": lambda row: "{:.0%} / {:.0%}".format(*row["goal"]),
 }

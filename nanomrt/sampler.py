@@ -62,8 +62,11 @@ class Branches:
     @classmethod
     def of(cls, segment: Sequence[int], position: Sequence[int], forced: Sequence[Sequence[int]], device,
            generator: torch.Generator | None = None) -> "Branches":
-        """Seeds are drawn from `generator`; without one all are 0, which is enough for greedy sampling."""
-        width, R = max(map(len, forced)), len(forced)
+        """Seeds are drawn from `generator`; without one all are 0, which is enough for greedy sampling. Raises ValueError if a
+        row has no forced token."""
+        if not all(map(len, forced)):
+            raise ValueError("a branch needs a forced token to begin with: branch one token earlier, and give that one again")
+        width, R = max(map(len, forced), default=1), len(forced)
         padded = [[*row, *[-1] * (width - len(row))] for row in forced]
         seed = torch.randint(2**63 - 1, (R,), generator=generator) if generator else torch.zeros(R, dtype=torch.int64)
         return cls(*(torch.as_tensor(x, dtype=torch.int64, device=device) for x in (segment, position, padded, seed)))
@@ -122,7 +125,10 @@ class Recorder:
 
 @torch.no_grad()
 def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32768) -> Segments:
-    """Cache S token sequences in packed forward passes of at most `max_tokens` (or of one prompt that is longer)."""
+    """Cache S token sequences in packed forward passes of at most `max_tokens` (or of one prompt that is longer). Raises
+    ValueError if there are none, or they don't fit in memory."""
+    if not prompts or not all(map(len, prompts)):
+        raise ValueError("prefill needs at least one prompt, and a token in each")
     device, lengths = model.device, [len(prompt) for prompt in prompts]
     step = torch.arange(max(*lengths, SHORTEST), device=device)  # (L,)
     inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
@@ -381,6 +387,12 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
 
     max_rows: how many rows at a time; None is as many as do well and fit in memory. keep: whether samples can be branched again.
     """
+    cached = (prefix.positions < EMPTY).sum(1)[branches.segment]  # (R,)
+    if bool((branches.position > cached).any()):
+        raise ValueError("a branch begins behind what its segment holds: the token that ended a row was never fed, so branch "
+                         "before it, and give it again")
+    if int(torch.as_tensor(sampling.max_new_tokens).min()) < 0 or () in sampling.stop:
+        raise ValueError("max_new_tokens must be at least 0, and a stop sequence must have a token")
     rows, device, head = Rows.of(branches, sampling), prefix.keys.device, model.head
     T, needed = rows.tokens.shape[1] - 1, int((rows.position + rows.ends).max())
     if needed > model.config.max_position_embeddings:

@@ -3,8 +3,8 @@
 The host code runs as it is, on small tensors of a CPU that it takes for a GPU's, with the tiles that it chooses there. A stand-in
 for the driver compiles each launch as Triton would, and nothing runs. Whether a launch is possible and what decides its speed can
 be read off the result: the shared memory that it needs, spilled registers, matrix instructions, tiles fetched by the copy engine
-(TMA). `tests/test_triton.py` runs this file in a process of its own, without the interpreter: the shapes of `config/` and the
-largest. Those marked `rare` take as long again and are left to
+(TMA). `tests/test_triton.py` runs this file in a process of its own, without the interpreter: every tile on each architecture that
+it serves, and the shapes of `config/`. More shapes of the same tiles are `rare` and left to
 
     python -m pytest tests/compiled.py       all of them; -m rare: these alone
 """
@@ -25,16 +25,19 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from kernels import hardware
-from kernels.attention import TILES, attention_backward, attention_forward
+from kernels.attention import TILES, Tile, attention_backward, attention_forward
 from kernels.decode import branch_attention
+from kernels.decode import tile_of as tile_of_decoding
 from kernels.elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward, turn
-from kernels.logprob import logprobs_backward, logprobs_forward, token_loss
+from kernels.logprob import STORED, logprobs_backward, logprobs_forward, token_loss
+from kernels.logprob import tile_of as tile_of_logprob
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have; sm_80 has more, but sm_86 and sm_89 share its tiles
 TENSOR_COLUMNS = 512  # of sm_100's memory for matrix instructions
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-HALF = torch.bfloat16  # fp16 differs in the type of its operands alone
+TABLES = {80: "narrow", 90: "hopper", 100: "blackwell"}  # of 16 bit; that of fp32 serves them all
+HALF, FULL = torch.bfloat16, torch.float32  # fp16 differs in the type of its operands alone
 rare = lambda *values: pytest.param(*values, marks=pytest.mark.rare)
 
 
@@ -92,12 +95,13 @@ def stack_bytes(binary: CompiledKernel, folder: Path) -> int:
 
 
 def assert_fast(launch: Launch, arch: int, folder: Path, rows: int = 0, fetched: bool = False) -> None:
-    """It fits, spills nothing, multiplies `rows` rows at a time with the best instruction, has its tiles `fetched` or not."""
+    """It fits, spills nothing, makes each product, of `rows` rows, with the best instruction, has its tiles `fetched` or not."""
     metadata, ptx, which = launch.binary.metadata, launch.binary.asm["ptx"], f"{launch.name} {launch.constants} for sm_{arch}"
     assert metadata.shared <= SHARED[arch] and (metadata.tmem_size or 0) <= TENSOR_COLUMNS, which
     assert stack_bytes(launch.binary, folder) == 0, which
     if rows:
-        assert ptx.count(MATRIX[arch] if rows >= 64 else "mma.sync") > 0, which  # the larger ones take 64 rows and more
+        products = launch.binary.asm["ttir"].count("tt.dot ")
+        assert ptx.count(MATRIX[arch] if rows >= 64 else "mma.sync") >= products > 0, which  # the larger take 64 rows and more
     assert (ptx.count("cp.async.bulk.tensor") > 0) == fetched, which
 
 
@@ -114,16 +118,20 @@ def attend(N: int, G: int, D: int, dtype: torch.dtype = HALF) -> None:
     attention_backward(q, k, k, out, lse, q, starts, N, 0.1)
 
 
+ATTENTION = [
+    *((arch, HALF, G, D) for arch in SHARED for G, D in ((7, 16), (2, 32), (4, 64), (6, 128), (4, 256))),
+    *((arch, FULL, G, D) for arch in SHARED for G, D in ((1, 16), (1, 32), (4, 64), (1, 128), (1, 256))),
+    (90, torch.float16, 4, 64), (90, HALF, 2, 128),
+]
+
+
 @pytest.mark.parametrize("arch, dtype, G, D", [
-    *((arch, HALF, G, D) for arch in SHARED for G, D in ((2, 32), (4, 64), (6, 128), (4, 256))),
-    (90, HALF, 2, 128), (100, HALF, 4, 16), (80, torch.float32, 4, 64),
-    *(rare(arch, HALF, 4, 16) for arch in (80, 90)), *(rare(80, torch.float32, 4, D) for D in (16, 32, 128, 256)),
-    *(rare(arch, HALF, G, D) for arch in SHARED for G, D in ((1, 32), (1, 64), (1, 128))),
-    *(rare(arch, HALF, 2, 128) for arch in (80, 100)), *(rare(arch, torch.float32, 4, 64) for arch in (90, 100)),
+    *ATTENTION, *(rare(arch, HALF, G, D) for arch in SHARED for G, D in ((1, 32), (1, 64), (7, 64), (1, 128))),
+    *(rare(arch, HALF, 2, 128) for arch in (80, 100)),
 ], ids=str)
 def test_attention(arch, dtype, G, D, launches, tmp_path):
     """Forward, dQ, dK and dV. G counts: it is a constant of the last one's loop."""
-    found, half = launches(arch, attend, 40, G, D, dtype), dtype == HALF
+    found, half = launches(arch, attend, 40, G, D, dtype), dtype != FULL
     assert [launch.name for launch in found] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
     for launch in found:
         if (launch.name, half, D) == ("dq_kernel", False, 256):
@@ -154,12 +162,17 @@ def score_once(N: int, V: int, dtype: torch.dtype = HALF) -> None:
 
 
 # A vocabulary that 16 divides has binaries of its own: those of the benchmark. The ones of config/ are none.
-@pytest.mark.parametrize("function, V", [(score, 1000), (score_once, 1008), rare(score, 1008)],
-                         ids=["two passes", "one pass", "two passes, V 1008"])
-@pytest.mark.parametrize("arch, dtype", [(80, HALF), (90, HALF), (100, HALF), (80, torch.float32)], ids=str)
+LOGPROB = [*((arch, dtype, score, 1000) for arch in SHARED for dtype in (HALF, FULL)),
+           *((arch, HALF, score_once, 1008) for arch in SHARED), (80, FULL, score_once, 1008)]
+
+
+@pytest.mark.parametrize("arch, dtype, function, V", [
+    *LOGPROB, *(rare(arch, HALF, score, 1008) for arch in SHARED), rare(80, FULL, score, 1008),
+    *(rare(arch, FULL, score_once, 1008) for arch in (90, 100)),
+], ids=lambda x: getattr(x, "__name__", str(x)))
 def test_logprob(arch, dtype, function, V, launches, tmp_path):
     """Forward, the merging of its splits, and dz: from logits computed once more, or as they were stored."""
-    found, half = launches(arch, function, 20, V, dtype), dtype == HALF
+    found, half = launches(arch, function, 20, V, dtype), dtype != FULL
     assert [launch.name for launch in found] == ["forward_kernel", "merge_kernel", "dz_kernel"]
     for launch in found:
         products = launch.name == "forward_kernel" or (launch.name == "dz_kernel" and function is score)
@@ -177,29 +190,34 @@ def test_odd_widths(launches, tmp_path):
 
 def decode(rows: int, cached: int, own: int, G: int, D: int, dtype: torch.dtype = HALF) -> None:
     q, prefix, suffix = (zeros(*shape, D, dtype=dtype) for shape in ((rows, 2 * G), (1, 2, cached), (rows, 2, own)))
-    index, unseen = zeros(rows, dtype=torch.int64), zeros(1, rows, cached, dtype=torch.float32)
+    index, unseen = zeros(rows, dtype=torch.int64), zeros(1, rows, cached, dtype=FULL)
     branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix, index + own)
 
 
+DECODE = [
+    *((arch, HALF, G, D) for arch in SHARED for G, D in ((6, 128), (3, 256))), (90, HALF, 2, 32), (90, HALF, 4, 64),
+    *((arch, FULL, G, D) for arch in SHARED for G, D in ((4, 16), (4, 256))),
+]
+
+
 @pytest.mark.parametrize("arch, dtype, G, D", [
-    *((arch, HALF, G, D) for arch in SHARED for G, D in ((2, 32), (4, 64), (6, 128))),
-    (90, HALF, 4, 256), (80, torch.float32, 6, 128),
-    *(rare(arch, HALF, 4, D) for arch in SHARED for D in (16, 80)), *(rare(arch, HALF, 4, 256) for arch in (80, 100)),
-    *(rare(80, torch.float32, 4, D) for D in (16, 32, 64, 256)), *(rare(arch, torch.float32, 4, 64) for arch in (90, 100)),
+    *DECODE, *(rare(arch, HALF, 4, D) for arch in SHARED for D in (16, 80)),
+    *(rare(arch, HALF, G, D) for arch in (80, 100) for G, D in ((2, 32), (4, 64))),
+    *(rare(arch, FULL, 4, 64) for arch in SHARED), *(rare(80, FULL, G, D) for G, D in ((4, 32), (6, 128))),
 ], ids=str)
 def test_decode(arch, dtype, G, D, launches, tmp_path):
     """A shared prefix, a row's own suffix, and the merging of their chunks."""
     found = launches(arch, decode, 3, 20, 4, G, D, dtype)
     assert [launch.name for launch in found] == ["chunk_kernel", "chunk_kernel", "merge_kernel"]
     for launch in found:
-        assert_fast(launch, arch, tmp_path, launch.constants.get("BR", 0) * (dtype == HALF))
+        assert_fast(launch, arch, tmp_path, launch.constants.get("BR", 0) * (dtype != FULL))
 
 
 # --- norms, rotations, SwiGLU ---
 
 
 def between_products(N: int, C: int, D: int, dtype: torch.dtype = HALF) -> None:
-    stream, weight, heads = (zeros(*shape, dtype=torch.float32) for shape in ((N, C), (C,), (N, 2, 1, D)))
+    stream, weight, heads = (zeros(*shape, dtype=FULL) for shape in ((N, C), (C,), (N, 2, 1, D)))
     x, wide = zeros(N, 2, D, dtype=dtype), zeros(N, 4 * C, dtype=dtype)
     normed = rms_norm(stream, weight, 1e-6, dtype)
     rms_norm_backward(stream, weight, normed, 1e-6)
@@ -210,7 +228,7 @@ def between_products(N: int, C: int, D: int, dtype: torch.dtype = HALF) -> None:
 
 def of_heads(N: int, D: int, dtype: torch.dtype = HALF) -> None:
     x, weight, angles = (zeros(*shape, dtype=type_) for *shape, type_ in (
-        (N, 4, D, dtype), (D, torch.float32), (N, 2, 1, D, torch.float32)))
+        (N, 4, D, dtype), (D, FULL), (N, 2, 1, D, FULL)))
     rms_norm_backward(x, weight, rms_norm(x, weight, 1e-6, dtype), 1e-6)
     turn(x, *angles.unbind(1), False)
 
@@ -223,8 +241,10 @@ def assert_moves_16_bytes(launch: Launch) -> None:
     assert moves == {"ld.global.v4.b32", "st.global.v4.b32"}, (launch.name, moves)
 
 
-@pytest.mark.parametrize("arch, dtype, C, D", [*((arch, HALF, 1536, 128) for arch in SHARED), (90, HALF, 512, 64),
-                                               (90, HALF, 8192, 256), (80, torch.float32, 1536, 128)], ids=str)
+@pytest.mark.parametrize("arch, dtype, C, D", [
+    *((arch, HALF, C, D) for arch in SHARED for C, D in ((128, 32), (512, 64), (1536, 128))), (90, HALF, 8192, 256),
+    (80, FULL, 1536, 128),
+], ids=str)
 def test_elementwise(arch, dtype, C, D, launches, tmp_path):
     """Bound by memory: nothing spills, and tensors are read and written 16 bytes at a time."""
     found = launches(arch, between_products, 40, C, D, dtype)
@@ -237,7 +257,7 @@ def test_elementwise(arch, dtype, C, D, launches, tmp_path):
 
 @pytest.mark.parametrize("arch, dtype, D", [
     *((arch, HALF, 32) for arch in SHARED), (90, HALF, 64), *(rare(arch, HALF, D) for arch in SHARED for D in (16, 128, 256)),
-    *(rare(arch, HALF, 64) for arch in (80, 100)), *(rare(80, torch.float32, D) for D in (32, 64, 128)),
+    *(rare(arch, HALF, 64) for arch in (80, 100)), *(rare(80, FULL, D) for D in (32, 64, 128)),
 ], ids=str)
 def test_elementwise_of_heads(arch, dtype, D, launches, tmp_path):
     """qk_norm, and the rotation after it."""
@@ -261,3 +281,32 @@ def test_sizes_are_no_constants(launches):
     first = everything(1)
     for N in (2, 8, 15, 16, 17, 32, 64, 100, *range(127, 138), 257):
         assert all(a is b for a, b in zip(everything(N), first, strict=True)), N
+
+
+# --- Which ---
+
+
+def test_every_tile_is_compiled_by_default(monkeypatch):
+    """Each row of each table is launched by a case that is not rare, on every architecture that it serves."""
+    found = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, grid, warmup, **constants: found.append(
+        constants | {"kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}"}))
+    assert set(TILES) == {*TABLES.values(), "fp32"}
+    for arch, own in TABLES.items():
+        monkeypatch.setattr(hardware, "generation", lambda device, own=own: own)
+        cases = lambda every, arch=arch: (rest for where, *rest in every if where == arch)
+        found.clear()
+        for dtype, G, D in cases(ATTENTION):
+            attend(40, G, D, dtype)
+        for dtype, function, V in cases(LOGPROB):
+            function(20, V, dtype)
+        for dtype, G, D in cases(DECODE):
+            decode(3, 20, 4, G, D, dtype)
+        rows = [{"kernel": f"kernels.attention.{name}_kernel", "D": D, **Tile(*tile)._asdict()}
+                for table in (own, "fp32") for name, tiles in TILES[table].items() for D, tile in tiles.items()]
+        tiles = [STORED]
+        for dtype in (HALF, FULL):
+            tiles += [tile_of_logprob(zeros(1, 16, dtype=dtype), stored) for stored in (True, False)]
+            tiles += [tile_of_decoding(zeros(1, 1, D, dtype=dtype), shared) for D in (128, 256) for shared in (True, False)]
+        rows += [tile._asdict() for tile in tiles]
+        assert [row for row in rows if not any(row.items() <= constants.items() for constants in found)] == [], arch

@@ -70,12 +70,11 @@ def test_a_number_is_read_however_it_is_written(value, sign, end):
 
 @given(st.text(max_size=60))
 def test_anything_else_is_no_number_and_nothing_is_evaluated(text):
-    value = number(text)
-    assert value is None or any(character.isdigit() for character in text)
+    assert number(text) is None or set(text.strip()) <= set("0123456789-$,.% ")
 
 
-@pytest.mark.parametrize("text", ["", "-", "$", ".", "1,20", "1,2000", "12,34", "1 2", "3/4", "2*3", "1e9", "0x1F", "٣", "７", "½",
-                                  "nan", "inf", "--5", "1.2.3", "9" * 400, "72 apples", "<b>72"])
+@pytest.mark.parametrize("text", ["", "-", "$", ".", "1,20", "1,2000", "12,34", "1 2", "3/4", "2*3", "1e9", "0x1F", "٣", "½",
+                                  "nan", "inf", "--5", "1.2.3", "9" * 400, "72 apples"])
 def test_what_is_no_number(text):
     assert number(text) is None
 

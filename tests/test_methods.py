@@ -223,7 +223,8 @@ def test_fact_8_the_noise_of_progress_that_is_none(config, m):
     task = Countdown(RunConfig())
     right = set(task.tokenizer.decode([word]) for word in range(0, len(task.tokenizer), 3))
     task.grade = lambda problem, response: float(response.split()[-1] in right)
-    task.episode_ends, task.answer_tokens = lambda response: list(range(1, len(response) + 1)), 1
+    inside = lambda response: response[: len(response) - (response[-1] == task.close_answer)]  # what ends a row is never fed
+    task.episode_ends, task.answer_tokens = lambda response: list(range(1, len(inside(response)) + 1)), 1
     indifferent = Llama(replace(config, tie_word_embeddings=False)).initialise(generator())
     with torch.no_grad():
         indifferent.lm_head.weight.zero_()

@@ -384,6 +384,26 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
         prefill(model, prompts)
 
 
+def test_what_would_be_sampled_wrongly_is_refused(model):
+    """A branch behind what is cached, as after the token that ended a row; nothing to begin with; less than no budget."""
+    prompts, owner, contexts = groups(1)
+    prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
+    ended = generate(model, prefix, branches, Sampling(3, tuple(range(model.config.vocab_size))))  # whatever is said, it ends
+    last = ended.branches.position + ended.lengths  # behind the token that ended each row
+    after = lambda back: replace(branches, segment=torch.arange(len(last)), position=last - back)
+    generate(model, ended.segments(), after(1), Sampling(1, ()))
+    with pytest.raises(ValueError, match="begins behind what its segment holds: .* give it again"):
+        generate(model, ended.segments(), after(0), Sampling(1, ()))
+    for sampling in (Sampling(-1, ()), Sampling(torch.arange(len(last)) - 1, ()), Sampling(1, (3, ()))):
+        with pytest.raises(ValueError, match="max_new_tokens must be at least 0, and a stop sequence must have a token"):
+            generate(model, prefix, branches, sampling)
+    with pytest.raises(ValueError, match="a branch needs a forced token to begin with"):
+        Branches.of([0, 0], [3, 3], [[7], []], "cpu")
+    for nothing in ([], [[1, 2], []]):
+        with pytest.raises(ValueError, match="prefill needs at least one prompt, and a token in each"):
+            prefill(model, nothing)
+
+
 def test_a_cpu_reads_all_of_its_suffixes(model):
     """They grow as far as they are read, in steps of 16, and shrink again; what they hold stays."""
     prompts, owner, contexts = groups(1)
