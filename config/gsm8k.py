@@ -1,7 +1,8 @@
 # Word problems of elementary mathematics (data/gsm8k.py), from a pretrained model, on one GPU. Every key: python train.py --help
 #
-# It needs two things that don't come with nanomrt: data/gsm8k/train.jsonl and test.jsonl, and the folder of a Llama, Qwen2 or
-# Qwen3 of up to 1.5B parameters in Hugging Face's layout (config.json, model.safetensors, tokenizer.json).
+# It needs two things that don't come with nanomrt: train.jsonl and test.jsonl in data/gsm8k, and the folder of a Llama, Qwen2 or
+# Qwen3 in Hugging Face's layout (config.json, model.safetensors, tokenizer.json). Sizes and rates are for half a billion
+# parameters; they are a start, and nobody has tuned them.
 
 task = "gsm8k"
 warm_from = "pretrained"      # that folder; --warm_from=… names another
@@ -15,6 +16,7 @@ gate_answer = 0.9             # of its responses answer with a number
 
 # RL: 512 rollouts a step.
 steps = 100
+save_every = 50               # a checkpoint of half a billion parameters and their optimiser takes 6 GB
 prompts_per_step, group_size = 64, 8
 thinking_budget = 256
 eval_budget = 320

@@ -1,13 +1,12 @@
 """GSM8K (Cobbe et al., arXiv 2110.14168): word problems of elementary mathematics, one step of the solution per episode.
 
-    Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she earn?
-    <think> <try> Weng earns 12/60 = $0.2 per minute. <try> Working 50 minutes, she earned 0.2 x 50 = $10. </think>
-    <answer> 10 </answer>
+    A bus has 14 seats on either side, and 9 are free. How many people sit in it?
+    <think> <try> It has 14 x 2 = 28 seats. <try> Of these, 28 - 9 = 19 are taken. </think> <answer> 19 </answer>
 
-The warm start learns people's solutions, from nothing or from a pretrained model (`warm_from`), whose vocabulary gets the tags.
-The data are two files, train.jsonl and test.jsonl, with a question and an answer per line; the answer's lines are its steps, and
-`####` stands before its result. Problems too long for the config's limits are left out.
-Left out: the calculator's annotations (<<12/60=0.2>>), which a policy that has no calculator can't use.
+The warm start teaches a pretrained model (`warm_from`), whose vocabulary gets the tags, how people wrote their solutions. The data
+are two files, train.jsonl and test.jsonl, with a question and an answer per line; the answer's lines are its steps, and `####`
+stands before its result. Problems too long for the config's limits are left out.
+Left out: the calculator's annotations (<<14*2=28>>), which a policy that has no calculator can't use.
 """
 
 import hashlib
@@ -60,7 +59,7 @@ def read(path: Path) -> list[Problem]:
         raise ValueError(f"no file {path}: put GSM8K's train.jsonl and test.jsonl there ({SOURCE}), or name their folder with "
                          "--data_dir=…")
     problems = []
-    for i, line in enumerate(path.read_text().splitlines(), 1):
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             solution, _, result = row["answer"].rpartition("####")
@@ -85,11 +84,7 @@ class GSM8K(Task):
                  "validation": [problem for problem in known if short(problem) and held_out(problem)],
                  "test": [problem for problem in unseen if short(problem)],
                  "ood": [problem for problem in unseen if not short(problem)]}  # longer solutions than any trained on
-        if config.warm_from:
-            tokenizer = Tokenizer.load(Path(config.warm_from) / "tokenizer.json").with_special(TAGS)
-        else:
-            texts = [text for problem in pools["train"] for text in (problem.question, *problem.steps)]
-            tokenizer = Tokenizer.from_texts(texts, config.bpe_vocab, TAGS)
+        tokenizer = Tokenizer.load(Path(config.warm_from) / "tokenizer.json").with_special(TAGS)
         super().__init__(config, tokenizer, config.step_tokens, ANSWER_TOKENS, config.solution_tokens)
         self.pools = {split: [problem for problem, fits in zip(pool, self.fits(pool)) if fits] for split, pool in pools.items()}
 

@@ -254,7 +254,7 @@ def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
 
 
 def habits_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """How the policies think, step after step: the mean over seeds, and each seed. `Countdown.habits` says what is counted."""
+    """How the policies think, step after step: the mean over seeds, and each seed. `habits` of its task says what is counted."""
     names = known_habits(arms)
     figure = report.blank_figure(13, 6)
     axes = figure.subplots(2, -(-len(names) // 2), sharex=True, squeeze=False)

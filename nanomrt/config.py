@@ -86,7 +86,6 @@ class RunConfig:
     step_tokens: int = key(64, "longest step of a solution, which is an episode", 1)
     solution_tokens: int = key(256, "longest solution", 1)
     ood_min_steps: int = key(6, "test problems whose solution has so many steps form the OOD split; training has shorter ones", 1)
-    bpe_vocab: int = key(2048, "size of the vocabulary that is learned from the problems, unless warm_from brings one", 300)
 
     # warm start (nanomrt/warmstart.py): Countdown's random search traces with flaws, or people's solutions
     trace_max_attempts: int = key(12, "attempts in the longest trace", 1)
@@ -95,7 +94,7 @@ class RunConfig:
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt", 0, 1)
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction", 0, 1)
     trace_backtrack: float = key(0.0, "probability of going back, after a failure, to a running result that can succeed", 0, 1)
-    warm_from: str = key("", "a pretrained model's folder, in Hugging Face's layout, that it begins with; empty: from nothing")
+    warm_from: str = key("", "task=gsm8k: the pretrained model that it begins with, a folder in Hugging Face's layout")
     warm_steps: int = key(500, "optimiser steps", 1)
     warm_batch: int = key(64, "traces per step", 1)
     warm_check_weight: float = key(1.0, "weight of `yes` and `no` in the loss; a proposal weighs .5, all else 1", 0)
@@ -180,6 +179,8 @@ class RunConfig:
              f"{'trace_max_attempts' if self.task == 'countdown' else 'solution_tokens'}"),
             (not self.warm_from or self.task != "countdown",
              "warm_from brings a vocabulary of its own, and Countdown has one token per number: leave it empty, or task=gsm8k"),
+            (self.warm_from or self.task != "gsm8k",
+             "task=gsm8k begins with a pretrained model, which knows language: name its folder with --warm_from=…"),
             (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
             *((getattr(self, name) > 0, f"{name} must be positive") for name in ("learning_rate", "grad_clip", "J_discount")),
             (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm in ("grpo", "mrt_online", "mrt", "mrt_b"),
@@ -221,7 +222,7 @@ KEYS = {f.name: f for f in fields(RunConfig)}
 TASK_KEYS = {  # what the problems of a task are
     "countdown": ("numbers", "used", "number_max", "target_min", "target_max", "operators", "max_value", "max_solutions",
                   "ood_target_min", "ood_max_solutions"),
-    "gsm8k": ("data_dir", "prompt_tokens", "step_tokens", "solution_tokens", "ood_min_steps", "bpe_vocab"),
+    "gsm8k": ("data_dir", "prompt_tokens", "step_tokens", "solution_tokens", "ood_min_steps"),
 }
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}

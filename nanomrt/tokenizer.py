@@ -1,9 +1,9 @@
 """Text to token ids and back: a thin layer over `tokenizers`, whose `tokenizer.json` travels with each checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 
@@ -22,18 +22,6 @@ class Tokenizer:
         inner = HFTokenizer(models.WordLevel(vocab, unk_token=special[0]))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return cls(inner).with_special(special)
-
-    @classmethod
-    def from_texts(cls, texts: Iterable[str], size: int, special: Sequence[str]) -> "Tokenizer":
-        """A byte-level BPE of at most `size` tokens, learned from `texts`, special tokens first. Any text can be encoded; digits
-        stay single, so that numbers are written as they are computed."""
-        inner = HFTokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        inner.decoder = decoders.ByteLevel()
-        inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), show_progress=False,
-                                                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        return cls(inner)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

@@ -126,8 +126,8 @@ def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
 
 
 def untrained(task, config: RunConfig) -> Llama:
-    """What the warm start trains: a new network, or the one in `warm_from` with the task's tags. Raises UserError if that can't
-    be loaded."""
+    """What the warm start trains: a new network, or the pretrained one with the task's tags. Raises UserError if that can't be
+    loaded."""
     if not config.warm_from:
         shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
         return Llama(ModelConfig(len(task.tokenizer), **shape)).initialise(torch.Generator().manual_seed(config.seed))
