@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import load_task
+from data import Task, load_task
 from nanomrt import checkpoint, report, search
 from nanomrt.config import RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = read_config(run / "config.json")
             folder = checkpoint.newest(run / "checkpoints")
             config = replace(config, device=args.device or config.device)
-            model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config)
+            model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config, folder)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
         sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- Measuring ---
 
 
-def evaluate_splits(model: Llama, task, config: RunConfig, splits: Iterable[str],
+def evaluate_splits(model: Llama, task: Task, config: RunConfig, splits: Iterable[str],
                     progress: Callable[..., Iterable] | None = None, brief: bool = False) -> dict[str, dict]:
     """A section for each split. The seed is fixed, so that every run of a task answers the same problems."""
     return {split: evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
@@ -99,7 +99,7 @@ def evaluate_splits(model: Llama, task, config: RunConfig, splits: Iterable[str]
             for split in splits}
 
 
-def distinct(task, split: str, count: int, seed: int | str) -> list:
+def distinct(task: Task, split: str, count: int, seed: int | str) -> list:
     """`count` different problems of a split; fewer if twice as many draws find nothing new."""
     draws, found, known = count, {}, -1
     while known < len(found) < count:
@@ -110,7 +110,7 @@ def distinct(task, split: str, count: int, seed: int | str) -> list:
     return list(found.values())[:count]
 
 
-def evaluate_policy(model: Llama, task, problems: Sequence, config: RunConfig, seed: int | str,
+def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunConfig, seed: int | str,
                     progress: Callable[[Iterable], Iterable] | None = None, brief: bool = False) -> dict:
     """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve and `habits` are plain
     means; `per_problem` holds means over a problem's samples, for whoever compares runs.
@@ -167,7 +167,7 @@ def against_best(sections: dict[str, dict]) -> dict[str, dict]:
             for label, section in sections.items()}
 
 
-def budget_grid(task, config: RunConfig) -> list[int]:
+def budget_grid(task: Task, config: RunConfig) -> list[int]:
     """The budgets at which thinking is stopped, in tokens: 0, some whole attempts, and the largest budget itself."""
     reach = max(config.eval_budget, config.thinking_budget)
     return sorted({n * task.attempt_tokens for n in ATTEMPTS if n * task.attempt_tokens < reach} | {reach})
@@ -179,7 +179,7 @@ def curve(grid: Sequence[int], J: np.ndarray, spent: np.ndarray) -> list[dict]:
             for i, b in enumerate(grid)]
 
 
-def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid: Sequence[int],
+def sample_chunk(model: Llama, task: Task, problems: Sequence, config: RunConfig, grid: Sequence[int],
                  generator: torch.Generator, brief: bool) -> dict[str, np.ndarray]:
     """What is measured of G rollouts of each problem: columns with a row per rollout, (B,), or (B,b) along the grid."""
     training = training_sampling(task, config)
@@ -211,7 +211,7 @@ def sample_chunk(model: Llama, task, problems: Sequence, config: RunConfig, grid
     }
 
 
-def stopped_at(model: Llama, task, rollouts: Rollouts, grid: Sequence[int], votes: int, temperature: float,
+def stopped_at(model: Llama, task: Task, rollouts: Rollouts, grid: Sequence[int], votes: int, temperature: float,
                generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The verdict on the majority of `votes` answers forced after b thinking tokens or at their end, and the tokens until then:
     (B,b). A majority of one greedy answer is J.

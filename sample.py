@@ -29,7 +29,7 @@ from nanomrt.sampler import Sampling, Segments, prefill
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, such as out/small, or one of its checkpoints")
-    parser.add_argument("--prompt", help="numbers and a target, such as '3 7 4 target 25'")
+    parser.add_argument("--prompt", help="numbers and a target, such as '3 7 4 target 25'; of GSM8K '… #### 7'")
     parser.add_argument("--budget", default="", help="thinking tokens; several, separated by commas, are shown side by side")
     parser.add_argument("--progress", action="store_true", help="show J after every episode")
     parser.add_argument("--forks", type=int, default=8, help="forced answers per J (default 8)")
@@ -141,8 +141,8 @@ def load_run(run: Path, device: str) -> tuple[Llama, Task, RunConfig]:
         raise UserError(f"{run} is {what}; name a run (python train.py config/small.py trains one) or one of its checkpoints")
     try:
         config = read_config(settings)
-        model = checkpoint.load_model(folder or checkpoint.newest(run / "checkpoints"), device)
-        return model, load_task(config), config
+        folder = folder or checkpoint.newest(run / "checkpoints")
+        return checkpoint.load_model(folder, device), load_task(config, folder), config
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
 

@@ -26,7 +26,7 @@ from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import RunConfig, UserError
 from nanomrt.methods import METHODS
-from nanomrt.model import Llama, Packed, packs
+from nanomrt.model import Llama, Packed, micro_batches
 from nanomrt.mrt import (
     Batch,
     clipped_loss,
@@ -48,14 +48,16 @@ def main(argv: list[str]) -> int:
     task = checked_task(config)
     generation = {"eos_token_id": task.close_answer, "temperature": config.temperature, "do_sample": True}
 
+    resume = "--resume" in flags
     with run.timed("warm_start"):
-        start = Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags)
+        start = (run.start if resume else None) or (
+            Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags))
     model = starting_policy(start, task, config, device)
     method = METHODS[config.algorithm]
     reference = checkpoint.load_model(start, device) if config.kl_coef else None  # the policy that the KL pulls back to
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)
-    run.begin(start, model, optimizer, resume="--resume" in flags)
+    run.begin(start, model, optimizer, resume)
 
     while run.step < config.steps and not run.interrupted:
         # 1. Gather: sample traces, and measure what each of their episodes changed.
@@ -74,6 +76,7 @@ def main(argv: list[str]) -> int:
         run.record(gathered, learned)
         if run.step % config.sample_every == 0 or run.step == config.steps:
             run.show(gathered.example(task))
+        del gathered  # its cache is as large as the next step's
         if run.step % config.save_every == 0:
             run.save(model, task.tokenizer, generation, optimizer)
 
@@ -105,8 +108,9 @@ def starting_policy(folder: Path, task: Task, config: RunConfig, device: str) ->
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"cannot start from {folder}: {error}") from None
     if model.config.vocab_size != len(task.tokenizer):
-        raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: "
-                        "set the task's keys (max_value above all) as they were when it was trained")
+        raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: " +
+                        ("init_from takes a checkpoint of nanomrt; for a pretrained model there is warm_from" if config.warm_from
+                         else "set the task's keys (max_value above all) as they were when it was trained"))
     if (most := model.config.max_position_embeddings) < config.longest_context:
         raise UserError(f"{folder} has a context of {most} tokens, but prompt + budget + answer can take "
                         f"{config.longest_context}: lower thinking_budget, eval_budget or trace_max_attempts")
@@ -233,13 +237,6 @@ def learning_rate(config: RunConfig, done: int) -> float:
     rise = min(1.0, (done + 1) / max(config.warmup_steps, 1))
     fall = 1 - (1 - config.learning_rate_end) * done / (config.steps * config.epochs * config.minibatches)
     return config.learning_rate * rise * fall
-
-
-def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
-    """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row). In order, because attention on a CPU
-    pads a part's rows to the longest."""
-    order = lengths.argsort(stable=True)
-    return [order[part.start : part.stop] for part in packs(lengths[order].tolist(), limit)]
 
 
 def finish(run: Run, task: Task, model: Llama, warm: Llama) -> None:

@@ -139,6 +139,13 @@ def evaluate(expression: str) -> tuple[Fraction, tuple[int, ...]] | None:
 class Countdown(Task):
     """Problems, search traces with flaws, and the verdict."""
 
+    GATE_ADVICE = {
+        "result": "intermediate results are often wrong: raise warm_steps",
+        "check_precision": "`yes` is said too often: raise warm_steps, or lower trace_hint",
+        "check_recall": "solutions go unnoticed: raise warm_steps or trace_hint",
+        "answer": "solved traces do not lead to their answer: raise warm_steps or trace_hint",
+    }
+
     def __init__(self, config: RunConfig):
         if not 2 <= config.used <= config.numbers <= config.number_max:
             raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={config.used}, numbers={config.numbers}, "

@@ -3,9 +3,9 @@
     A bus has 14 seats on either side, and 9 are free. How many people sit in it?
     <think> <try> It has 14 x 2 = 28 seats. <try> Of these, 28 - 9 = 19 are taken. </think> <answer> 19 </answer>
 
-The warm start teaches a pretrained model (`warm_from`), whose vocabulary gets the tags, how people wrote their solutions. The data
-are two files, train.jsonl and test.jsonl, with a question and an answer per line; the answer's lines are its steps, and `####`
-stands before its result. Problems too long for the config's limits are left out.
+The warm start teaches a pretrained model (`warm_from`), whose vocabulary gets the tags, how people wrote their solutions. The
+data are two files, train.jsonl and test.jsonl, with a question and an answer per line; the answer's lines are its steps, and
+`####` stands before its result. Problems too long for the config's limits are left out.
 Left out: the calculator's annotations (<<14*2=28>>), which a policy that has no calculator can't use.
 """
 
@@ -24,6 +24,7 @@ from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
 SOURCE = "https://github.com/openai/grade-school-math/tree/master/grade_school_math/data"
+PROBE = "It has 14 x 2 = $28.50."  # what a vocabulary must be able to say
 ANSWER_TOKENS = 12  # the longest answer: a number of eleven digits, a token each, and </answer>
 NUMBER = r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d{1,20})(?:\.\d{1,20})?"
 EQUATION = re.compile(rf"(?:{NUMBER} ?[-+*/x] ?)*{NUMBER} ?= ?{NUMBER}", re.ASCII)
@@ -76,6 +77,9 @@ def read(path: Path) -> list[Problem]:
 class GSM8K(Task):
     """Problems, people's solutions, and the verdict."""
 
+    GATE_ADVICE = {"result": "the model often computes wrongly: raise warm_steps, or take a larger one",
+                   "answer": "responses do not end with a number: raise warm_steps"}
+
     def __init__(self, config: RunConfig):
         known, unseen = (read(Path(config.data_dir) / name) for name in ("train.jsonl", "test.jsonl"))
         short = lambda problem: len(problem.steps) < config.ood_min_steps
@@ -85,6 +89,9 @@ class GSM8K(Task):
                  "test": [problem for problem in unseen if short(problem)],
                  "ood": [problem for problem in unseen if not short(problem)]}  # longer solutions than any trained on
         tokenizer = Tokenizer.load(Path(config.warm_from) / "tokenizer.json").with_special(TAGS)
+        if (back := tokenizer.decode(tokenizer.encode(PROBE)).strip()) != PROBE:
+            raise ValueError(f"the tokenizer of {config.warm_from} makes {back!r} of {PROBE!r}, so nothing could be graded: take "
+                             "another model")
         super().__init__(config, tokenizer, config.step_tokens, ANSWER_TOKENS, config.solution_tokens)
         self.pools = {split: [problem for problem, fits in zip(pool, self.fits(pool)) if fits] for split, pool in pools.items()}
 
@@ -162,7 +169,9 @@ class GSM8K(Task):
         arithmetic: of the written equations of two numbers, those that hold. A share or mean of nothing is 0."""
         count: Counter[str] = Counter()
         for response in responses:
-            steps = [step.strip() for step in self.tokenizer.decode(response).split("</think>")[0].split("<try>")[1:]]
+            ends = self.episode_ends(response)
+            steps = [re.sub(r"<(try|back)>", "", text).strip() for text in
+                     self.tokenizer.decode_batch([response[a:b] for a, b in zip([0, *ends], ends)])]
             count["steps"] += len(steps)
             count["later"] += len(steps[1:])
             count["repeats"] += sum(step in steps[:i] for i, step in enumerate(steps))

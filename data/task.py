@@ -30,6 +30,8 @@ def last_answer(response: str) -> str | None:
 class Task(ABC):
     """All that training, sampling and evaluation know of a task. A problem is what a task makes of it, with a hashable `key`."""
 
+    GATE_ADVICE: dict[str, str]  # by the name of a gate: what to do if a policy doesn't pass it
+
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, attempt_tokens: int, answer_tokens: int, trace_tokens: int):
         """Token counts: of the longest episode, its tag included; of the longest answer, with `</answer>`; and of the longest
         thinking that the warm start shows."""

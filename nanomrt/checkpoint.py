@@ -46,7 +46,7 @@ def save(folder: Path, model: Llama, tokenizer: Tokenizer, generation: dict, opt
     if optimizer is not None:
         save_file(_flatten(optimizer), written / "optimizer.safetensors")
     _write_json(written / "trainer.json", state or {})
-    _write_json(written / "manifest.json", {path.name: _digest(path) for path in sorted(written.iterdir())})
+    _write_json(written / "manifest.json", {path.name: sha256(path) for path in sorted(written.iterdir())})
     for path in (*written.iterdir(), written):
         _flush(path)
     replaced = written.with_suffix(".replaced")
@@ -67,7 +67,7 @@ def damage(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _digest(path) != digest:
+        if sha256(path) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -87,7 +87,9 @@ def load_model(folder: Path, device: str | torch.device = "cpu", kind: type[Llam
     missing, and ValueError when one is damaged, does not fit the other, or asks for what is not supported."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name}")
+            raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name} (weights in several files, or in "
+                                    "pytorch_model.bin: load them with transformers, and save_pretrained(folder, "
+                                    "max_shard_size='100GB'))")
     try:
         model = kind(from_hf(json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")
@@ -172,8 +174,9 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

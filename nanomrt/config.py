@@ -190,6 +190,8 @@ class RunConfig:
             (not self.repeat_penalty or self.algorithm in READ_BY["repeat_penalty"],
              f"repeat_penalty is part of the credit of {', '.join(READ_BY['repeat_penalty'])}: leave it at 0 for algorithm="
              f"{self.algorithm}"),
+            (not self.repeat_penalty or self.task == "countdown",
+             "repeat_penalty knows how long an attempt is in Countdown only: leave it at 0"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
             (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
@@ -211,7 +213,8 @@ class RunConfig:
             prompt, trace = self.numbers + 4, 3 * self.used * self.trace_max_attempts
             answer = 4 * self.used - 2  # numbers, operators, brackets and the tags around them
         else:
-            prompt, trace, answer = self.prompt_tokens, self.solution_tokens, 14
+            prompt, trace = self.prompt_tokens, self.solution_tokens
+            answer = 14  # ANSWER_TOKENS of data/gsm8k.py, and two tags
         twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
         thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, trace)
         # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
@@ -224,6 +227,8 @@ TASK_KEYS = {  # what the problems of a task are
                   "ood_target_min", "ood_max_solutions"),
     "gsm8k": ("data_dir", "prompt_tokens", "step_tokens", "solution_tokens", "ood_min_steps"),
 }
+# What else only Countdown has: traces made up, a check, and a model that isn't pretrained. Beginnings of names.
+COUNTDOWN_ONLY = ("trace_", "gate_check_", "warm_check_weight", "hidden_size", "intermediate_size", "num_", "head_dim", "qk_norm")
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
 LONGEST_NAME = 160  # of a run, in characters: file systems allow 255 bytes, and suffixes follow
@@ -274,7 +279,7 @@ def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
     """Raises ValueError if algorithm or task don't read one of these keys, which a user has set: it would change nothing."""
     for name in names:
         for task in TASK_KEYS.keys() - {config.task}:
-            if name in TASK_KEYS[task]:
+            if name in TASK_KEYS[task] or task == "countdown" and name.startswith(COUNTDOWN_ONLY):
                 raise ValueError(f"{name} changes nothing with task={config.task}: leave it out, or set task={task}")
         if not reads(config.algorithm, name):
             raise ValueError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "

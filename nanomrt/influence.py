@@ -33,10 +33,10 @@ from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, parse_arm, read_config, with_overrides
 from nanomrt.methods import METHODS, Gathered, traces, traces_for_progress, traces_with_J
 from nanomrt.metrics import bootstrap
-from nanomrt.model import Llama, Packed
+from nanomrt.model import Llama, Packed, micro_batches
 from nanomrt.mrt import Batch, likelihood_loss, token_weights
 from nanomrt.run import generator_for
-from train import micro_batches, rescore, score, starting_policy
+from train import rescore, score, starting_policy
 
 STEP = 0.01  # length of the gradient step, in parameter space
 RISE = 0.02  # how much (2) moves d, to first order: well above rounding, and h² is small
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args.run / "config.json")
         arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
         folder = args.checkpoint or checkpoint.newest(args.run / "checkpoints")
-        task = load_task(config)
+        task = load_task(config, folder)
         problems = task.problems("train", args.problems, "influence")
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from None

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.task import Task
 from nanomrt import mrt
 from nanomrt.config import RunConfig
 from nanomrt.model import Llama
@@ -83,7 +84,7 @@ class Gathered:
 # --- Gathering: (model, task, problems, config, generator) -> Gathered ---
 
 
-def traces(model: Llama, task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> Gathered:
+def traces(model: Llama, task: Task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> Gathered:
     """The policy's own traces and their verdicts, nothing inside."""
     rollouts = roll_out(model, task, problems, config.group_size, training_sampling(task, config), generator)
     return Gathered(rollouts, rollouts.batch(), None, rollouts.samples.generated)
@@ -196,7 +197,7 @@ def search_traces(model, task, problems, config, generator) -> Gathered:
     return Gathered(rollouts, rollouts.batch(model.device), None, 0)
 
 
-def stopping(model: Llama, task, config: RunConfig, generator: torch.Generator) -> Callable:
+def stopping(model: Llama, task: Task, config: RunConfig, generator: torch.Generator) -> Callable:
     """How J is asked for: (rollouts, row, position) -> Forked."""
     return lambda *where: force_answers(model, task, *where, config.forks, config.fork_temperature, generator)
 

@@ -89,6 +89,13 @@ def packs(lengths: Sequence[int], limit: int) -> Iterator[range]:
         yield range(first, len(lengths))
 
 
+def micro_batches(lengths: Tensor, limit: int) -> list[Tensor]:
+    """Rows in order of length, cut so that a part holds at most `limit` tokens (or one row). In order, because attention on a CPU
+    pads a part's rows to the longest."""
+    order = lengths.argsort(stable=True)
+    return [order[part.start : part.stop] for part in packs(lengths[order].tolist(), limit)]
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What matrix products run in: bf16 on a GPU (with fp32 sums), fp32 on a CPU, where bf16 is slower."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

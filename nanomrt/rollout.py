@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data.task import Task
 from nanomrt.config import RunConfig
 from nanomrt.model import Llama
 from nanomrt.mrt import Batch
@@ -61,11 +62,11 @@ def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seq
     return generate(model, prefix, Branches.of(segment, starts, given, model.device, generator), sampling, keep=keep)
 
 
-def grade(task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
+def grade(task: Task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
     return [task.grade(problem, text) for problem, text in zip(problems, task.tokenizer.decode_batch(responses))]
 
 
-def continue_from(model: Llama, task, problems: Sequence, prefix: Segments, segment: Sequence[int],
+def continue_from(model: Llama, task: Task, problems: Sequence, prefix: Segments, segment: Sequence[int],
                   contexts: Sequence[list[int]], forced: Sequence[list[int]], prompt_id: Sequence[int],
                   sampling: Sampling, generator: torch.Generator | None) -> Rollouts:
     """Rows that go on from `contexts` (prompt and maybe part of a trace), with their verdicts."""
@@ -77,14 +78,14 @@ def continue_from(model: Llama, task, problems: Sequence, prefix: Segments, segm
     return Rollouts(list(problems), list(prompt_id), tokens, prompt_length, reward, samples)
 
 
-def written(task, problems: Sequence, prompt_id: Sequence[int], tokens: Sequence[list[int]]) -> Rollouts:
+def written(task: Task, problems: Sequence, prompt_id: Sequence[int], tokens: Sequence[list[int]]) -> Rollouts:
     """Traces to imitate that the policy did not sample, or not as they stand, with their verdicts."""
     prompt_length = [len(task.prompt(problem)) for problem in problems]
     reward = grade(task, problems, [row[n:] for row, n in zip(tokens, prompt_length)])
     return Rollouts(list(problems), list(prompt_id), list(tokens), prompt_length, reward, None)
 
 
-def roll_out(model: Llama, task, problems: Sequence, group_size: int, sampling: Sampling,
+def roll_out(model: Llama, task: Task, problems: Sequence, group_size: int, sampling: Sampling,
              generator: torch.Generator | None) -> Rollouts:
     """`group_size` rollouts of each problem; every prompt is prefilled once."""
     prompts = [task.prompt(problem) for problem in problems]
@@ -102,21 +103,21 @@ class Forked:
     generated: int  # tokens, for the ledger
 
 
-def force_answers(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forks: int,
+def force_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forks: int,
                   temperature: float, generator: torch.Generator | None) -> Forked:
     """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict."""
     sampling = Sampling(task.answer_tokens, (task.close_answer,), temperature)
     return fork(model, task, rollouts, row, position, task.forced_stop, forks, sampling, generator)
 
 
-def go_on(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], config: RunConfig,
+def go_on(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], config: RunConfig,
           generator: torch.Generator) -> Forked:
     """V at each (row, position): go on from there `forks` times as in training, take the mean verdict. A whole trace too
     long for training is wrong."""
     return fork(model, task, rollouts, row, position, [], config.forks, training_sampling(task, config), generator)
 
 
-def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forced: list[int], forks: int,
+def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forced: list[int], forks: int,
          sampling: Sampling, generator: torch.Generator | None) -> Forked:
     """`forks` branches at each (row, position), from its trace's cache.
 
@@ -140,7 +141,7 @@ def fork(model: Llama, task, rollouts: Rollouts, row: Sequence[int], position: S
     return Forked(torch.tensor(J, device=model.device), branches, samples.generated)
 
 
-def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
+def boundaries(task: Task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
     """Row and position of b_0 … b_T of every rollout that has an episode: where J is estimated."""
     row, position = [], []
     for r, start in enumerate(rollouts.prompt_length):
@@ -151,13 +152,13 @@ def boundaries(task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
     return row, position
 
 
-def training_sampling(task, config: RunConfig) -> Sampling:
+def training_sampling(task: Task, config: RunConfig) -> Sampling:
     """How training samples: room for the thinking budget and an answer, temperature and nothing else."""
     new_tokens = config.thinking_budget + len(task.forced_stop) + task.answer_tokens
     return Sampling(new_tokens, (task.close_answer,), config.temperature)
 
 
-def example(task, rollouts: Rollouts, row: int, J: Sequence[float]) -> dict:
+def example(task: Task, rollouts: Rollouts, row: int, J: Sequence[float]) -> dict:
     """One rollout for the eye: prompt, episodes, J at b_0 … b_T (or nothing), answer, verdict."""
     response = rollouts.response(row)
     ends = task.episode_ends(response)
@@ -166,7 +167,7 @@ def example(task, rollouts: Rollouts, row: int, J: Sequence[float]) -> dict:
             "answer": task.show(response[ends[-1] if ends else 0 :]), "reward": rollouts.reward[row]}
 
 
-def examples(model: Llama, task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> list[dict]:
+def examples(model: Llama, task: Task, problems: Sequence, config: RunConfig, generator: torch.Generator) -> list[dict]:
     """A rollout of each problem with J at every boundary, whatever the algorithm of the run."""
     rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), generator)
     row, position = boundaries(task, rollouts)

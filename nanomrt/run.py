@@ -85,6 +85,13 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def start(self) -> Path | None:
+        """The warm start that a run to be resumed began with, though it may not pass the gates (--force); None if it isn't there,
+        or damaged."""
+        starts = [Path(row["start"]) for row in report.read_jsonl(self.folder / "metrics.jsonl")[:1]]
+        return next((start for start in starts if checkpoint.damage(start) is None), None)
+
     def begin(self, start: Path, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
         """Start afresh from the policy in `start`, which `model` holds, or load the newest good checkpoint into `model` and
         `optimizer` and drop what came after it."""

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from nanomrt.config import UserError
 from nanomrt.cudagraph import recording
 from nanomrt.model import Attend, Llama, Packed, compute_dtype, mixed_precision, packs
 
@@ -39,6 +40,10 @@ MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: more rows' activations don'
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
 READ_BY = {"cpu": 16, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
+
+
+class NoRoom(UserError, ValueError):
+    """What is asked for doesn't fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,8 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32
     inside = step < torch.tensor(lengths, device=device)[:, None]  # (S,L)
     needed, room = len(prompts) * len(step) * bytes_per_token(model), cache_room(device)
     if needed > room:
-        raise ValueError(f"caching {len(prompts)} prompts of up to {len(step)} tokens takes {needed / 1e9:.2f} GB, but there is "
-                         f"room for {room / 1e9:.2f} GB: give fewer or shorter prompts at a time")
+        raise NoRoom(f"caching {len(prompts)} prompts of up to {len(step)} tokens takes {needed / 1e9:.2f} GB, but there is "
+                     f"room for {room / 1e9:.2f} GB: give fewer or shorter prompts at a time")
     keys, values = (new_cache(model, len(prompts), len(step)) for _ in range(2))
     for pack in packs(lengths, max_tokens):
         some = slice(pack.start, pack.stop)
@@ -196,13 +201,13 @@ def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> 
     token, free = bytes_per_token(model), cache_room(model.device)
     row = T * token + 3 * 4 * model.config.vocab_size  # its cache; its logits, log-probs and their cumulative distribution
     if len(prefix.positions) > 1:
-        free -= 2 * prefix.positions.numel() * token  # prefixes still in use: the new copy, and the one that it is made from
+        free -= prefix.positions.numel() * token  # a copy of the prefixes still in use
     kept = R * (prefix.positions.shape[1] + T) * token if keep else 0
     fitting = (free - kept) // row
     if fitting < 1:
-        raise ValueError(f"a row of {T} new tokens takes {row / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
-                         f"but there is room for {free / 1e9:.2f} GB: sample fewer rows at a time or lower the budget of new "
-                         "tokens")
+        raise NoRoom(f"a row of {T} new tokens takes {row / 1e9:.2f} GB and keeping {R} rows {kept / 1e9:.2f} GB, "
+                     f"but there is room for {free / 1e9:.2f} GB: sample fewer rows at a time or lower the budget of new "
+                     "tokens, as prompts_per_step, group_size, thinking_budget and eval_budget say")
     return min(fitting, R, MOST_ROWS[model.device.type])
 
 
@@ -230,6 +235,7 @@ class Slots:
                 for whole, cache in zip(wholes, caches):  # layer by layer, or what is gathered would take as much again
                     whole[:, :, : cache.shape[2]] = cache[segment]
         self.longest = self.read = 0  # no suffix is longer; what attention reads of each
+        self.chosen, self.shared = torch.arange(S, device=segment.device), prefix  # the segments that are read, needed or not
         self._share()
 
     def reserve(self, tokens: int) -> bool:
@@ -295,26 +301,31 @@ class Slots:
             whole[:, self.row[slot], :, first : first + self.longest] = cache[:, slot, :, : self.longest]
 
     def _share(self) -> None:
-        """Group the rows by segment, so that each segment is read once for all of its branches."""
+        """Group the rows by segment, so that each segment is read once for all of its branches.
+
+        Segments that nobody needs are left out by copying the others. That pays once they are half of what is read.
+        """
         segment, position = self.branches.segment[self.row], self.branches.position[self.row]  # (n,)
-        used, segment, size = segment.unique(return_inverse=True, return_counts=True)
-        order = segment.argsort(stable=True)
+        used = segment.unique()
+        if 2 * len(used) <= len(self.chosen) or not bool(torch.isin(used, self.chosen).all()):
+            self.shared = self.shared_keys = self.shared_values = None  # the last copy makes room for this one
+            self.chosen, whole = used, self.prefix
+            self.shared = Segments(whole.keys[:, used], whole.values[:, used], whole.positions[used])
+        segment, S = torch.searchsorted(self.chosen, segment), len(self.chosen)
+        size, order = segment.bincount(minlength=S), segment.argsort(stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[segment[order]]
         M = int(size.max())
         self.place = segment * M + rank  # (n,)
-        self.group = torch.zeros(len(used) * M, dtype=torch.int64, device=order.device)
+        self.group = torch.zeros(S * M, dtype=torch.int64, device=order.device)
         self.group[self.place] = torch.arange(len(order), device=order.device)
-        self.group = self.group.view(len(used), M)  # (S,M) rows of each used segment; unused places name row 0
+        self.group = self.group.view(S, M)  # (S,M) rows of each segment; unused places name row 0
         limit = torch.zeros_like(self.group.flatten())
         limit[self.place] = position
-        seen = self.prefix.positions[used][:, None] < limit.view(len(used), M)[..., None]  # (S,M,L)
+        seen = self.shared.positions[:, None] < limit.view(S, M)[..., None]  # (S,M,L)
         L = max(int((seen.any(0).any(0) * torch.arange(1, seen.shape[2] + 1, device=seen.device)).max()), SHORTEST)
         self.unseen = torch.where(seen[..., :L], 0.0, -1e30)
-        shared = (cache[..., :L, :] for cache in (self.prefix.keys, self.prefix.values))
-        if len(used) < len(self.prefix.positions):  # otherwise nothing has to be copied
-            shared = (cache[:, used] for cache in shared)
-        self.shared_keys, self.shared_values = shared  # (layers,S,K,L,D)
+        self.shared_keys, self.shared_values = (cache[..., :L, :] for cache in (self.shared.keys, self.shared.values))
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.task import Task
 from nanomrt.config import RunConfig
 from nanomrt.metrics import auc, bootstrap, maj_at_k, ratio
 from nanomrt.model import Llama
@@ -89,7 +90,7 @@ def expanded(beam: Sequence[Trace], n: int) -> list[Trace]:
     return [going[i % len(going)] for i in range(n - len(beam) + len(going))]
 
 
-def beam_search(model: Llama, verifier: Verifier, task, problems: Sequence, config: RunConfig, n: int,
+def beam_search(model: Llama, verifier: Verifier, task: Task, problems: Sequence, config: RunConfig, n: int,
                 generator: torch.Generator) -> tuple[list[float], list[int]]:
     """The verdict on each problem's answer, and the tokens generated for it: (P,), (P,).
 
@@ -151,7 +152,7 @@ class Attempt(NamedTuple):
     closed: bool  # the policy would have stopped thinking after it
 
 
-def linearised(model: Llama, task, problems: Sequence, config: RunConfig, attempts: int, keep: int,
+def linearised(model: Llama, task: Task, problems: Sequence, config: RunConfig, attempts: int, keep: int,
                generator: torch.Generator) -> list[list[Attempt]]:
     """`attempts` attempts at each problem, one trace each: (P,attempts). What is sampled after an episode is the token that opens
     the next one, `<try>` or `<back>`; if the policy closes its thinking, a new attempt is opened instead."""
@@ -201,7 +202,7 @@ def last_closed(attempts: Sequence[Attempt], answer_tokens: int) -> tuple[float,
 # --- Measuring ---
 
 
-def measure(model: Llama, verifier: Verifier, task, problems: Sequence, config: RunConfig, seed: int | str,
+def measure(model: Llama, verifier: Verifier, task: Task, problems: Sequence, config: RunConfig, seed: int | str,
             progress: Callable[[Iterable], Iterable] | None = None) -> dict:
     """The section `test_time` of summary.json: {method: {N, or attempts: accuracy, tokens per problem and per right answer, and
     the accuracy of a majority for as many tokens}}.
@@ -240,7 +241,7 @@ def at_equal_tokens(by_n: dict[str, dict], tokens: float) -> float | None:
     return float(np.interp(tokens, spent, accuracy)) if spent[0] <= tokens <= spent[-1] else None
 
 
-def sampled(model: Llama, verifier: Verifier, task, problems: Sequence, config: RunConfig,
+def sampled(model: Llama, verifier: Verifier, task: Task, problems: Sequence, config: RunConfig,
             generator: torch.Generator) -> tuple[list[list[Sample]], list[float]]:
     """max(COUNTS) rollouts of each problem, (P,N), and the mean of their tokens, (P,)."""
     N = max(COUNTS)

@@ -1,6 +1,7 @@
 """Text to token ids and back: a thin layer over `tokenizers`, whose `tokenizer.json` travels with each checkpoint."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -26,25 +27,36 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Raises ValueError if there is no such file, or it is no tokenizer."""
+        if not path.is_file():
+            raise ValueError(f"no file {path}: name the folder of a model in Hugging Face's layout")
         try:
             inner = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path} is no tokenizer ({error}): name a checkpoint folder with tokenizer.json") from None
+            raise ValueError(f"{path} is no tokenizer ({error}): take another model") from None
         inner.no_truncation()  # settings of whoever trained it, which would cut or pad what is encoded
         inner.no_padding()
         return cls(inner)
 
     def with_special(self, special: Sequence[str]) -> "Tokenizer":
-        """The same, and each of these words is one token: where it was none, the vocabulary grows by it."""
+        """The same, and each of these words is one token: where it was none, the vocabulary grows by it. Raises ValueError if the
+        ids had holes, which new tokens don't fill: they would collide with old ones."""
         inner = HFTokenizer.from_str(self._inner.to_str())
         inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+        ids = inner.get_vocab().values()
+        if len(set(ids)) < len(ids):
+            raise ValueError("the ids of this vocabulary have holes, so tokens can't be added: take another model")
         return Tokenizer(inner)
 
     def save(self, path: Path) -> None:
         self._inner.save(str(path))
 
+    @cached_property
+    def _size(self) -> int:
+        return 1 + max(self._inner.get_vocab().values())
+
     def __len__(self) -> int:
-        return self._inner.get_vocab_size()
+        """The ids there are, 0 … len - 1; somebody else's vocabulary may have holes."""
+        return self._size
 
     def id(self, word: str) -> int:
         """The id of one token. Raises KeyError if the vocabulary lacks it."""

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.task import Task
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
 from nanomrt.model import Llama, ModelConfig, Packed, packs
@@ -29,7 +30,7 @@ from nanomrt.run import generator_for
 
 STEPS = 60
 PROBLEMS, SAMPLES = 32, 4  # of each step
-LEARNING_RATE = 1e-3
+LEARNING_RATE, OF_PRETRAINED = 1e-3, 1e-5
 TOKENS = 16_384  # per forward pass: bounds the memory
 
 
@@ -66,18 +67,19 @@ class Verifier(Llama):
         return torch.cat(found).tolist() if found else []
 
 
-def judged_places(task, rollouts: Rollouts) -> list[list[int]]:
+def judged_places(task: Task, rollouts: Rollouts) -> list[list[int]]:
     """Where each rollout is judged, as counts of tokens: after every episode, and after the answer if there is one."""
     return [[start + end for end in task.episode_ends(rollouts.response(row))] + [len(tokens)] * (tokens[-1] == task.close_answer)
             for row, (start, tokens) in enumerate(zip(rollouts.prompt_length, rollouts.tokens))]
 
 
-def train(verifier: Verifier, policy: Llama, task, config: RunConfig, steps: int = STEPS) -> Iterator[float]:
+def train(verifier: Verifier, policy: Llama, task: Task, config: RunConfig, steps: int = STEPS) -> Iterator[float]:
     """Train in place on the policy's rollouts; yields the loss (1) of each step."""
-    optimizer = torch.optim.AdamW(verifier.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    peak = OF_PRETRAINED if config.warm_from else LEARNING_RATE
+    optimizer = torch.optim.AdamW(verifier.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 5) * (1 - step / steps)
+            group["lr"] = peak * min(1.0, (step + 1) / 5) * (1 - step / steps)
         problems = task.problems("train", PROBLEMS, f"{config.seed}/verifier/{step}")
         rollouts = roll_out(policy, task, problems, SAMPLES, training_sampling(task, config),
                             generator_for(config.seed, "verifier", step))
@@ -95,7 +97,7 @@ def train(verifier: Verifier, policy: Llama, task, config: RunConfig, steps: int
         yield total
 
 
-def cached_verifier(run: Path, policy_folder: Path, policy: Llama, task, config: RunConfig,
+def cached_verifier(run: Path, policy_folder: Path, policy: Llama, task: Task, config: RunConfig,
                     progress: Callable[..., Iterable] | None = None, steps: int = STEPS) -> Verifier:
     """The verifier of a policy from `run`/verifier if it is there and was trained on this very policy, else trained and saved.
 

@@ -1,7 +1,8 @@
-"""The warm start: supervised learning of search traces, and the gates that it must pass before RL begins.
+"""The warm start: supervised learning of traces, and the gates that it must pass before RL begins.
 
-RL from a policy that can't check its own attempts teaches nothing, so what matters is measured on its own samples first:
-are intermediate results right, does `yes` mean yes, and does an answer follow from a solved trace?
+Countdown's are search traces with flaws, learned from nothing; GSM8K's are people's solutions, learned by a pretrained model. RL
+from a policy that can't check its own attempts teaches nothing, so what matters is measured on its own samples first: are
+intermediate results right, does `yes` mean yes, and does an answer follow from a solved trace?
 
 Batches are drawn in random order and the loss is divided by a constant: batches sorted by length, each averaged over its
 own tokens, would weigh short traces more and teach the model to stop early.
@@ -10,7 +11,7 @@ own tokens, would weigh short traces more and teach the model to stop early.
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import islice
@@ -21,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import kernels
+from data.task import Task
 from nanomrt import checkpoint, report
 from nanomrt.config import TASK_KEYS, RunConfig, UserError
-from nanomrt.model import Llama, ModelConfig, Packed
+from nanomrt.model import Llama, ModelConfig, Packed, micro_batches
 from nanomrt.rollout import roll_out, training_sampling
 from nanomrt.tokenizer import Tokenizer
 
@@ -54,7 +56,7 @@ def muon_precision(device: torch.device) -> AbstractContextManager:
 STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned suddenly, and who fails a gate gets a second stage
 
 
-def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[torch.Tensor]:
+def warm_start(model: Llama, task: Task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[torch.Tensor]:
     """Train `model` in place; yields the loss of each step, (). Problems and traces are those of this stage. Reading a
     loss waits for the device; while none is read, it works as the next traces are written."""
     device = model.device
@@ -68,17 +70,12 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
         for problem in islice(problems, config.warm_batch):
             prompt, (response, weight) = task.prompt(problem), task.warm_trace(problem, rng)
             rows.append(prompt + response)
-            weights += [0.0] * len(prompt) + weight
-        tokens = torch.tensor([token for row in rows for token in row], device=device)  # (N,)
-        packed = Packed.of(torch.tensor([len(row) for row in rows], device=device))
-        weight = torch.tensor(weights, device=device)  # (N,)
-        weighted = weight.nonzero().squeeze(1)  # never a sequence's first token
-        hidden = model(tokens, packed.position_ids, packed)  # (N,C)
-        logprob, _ = kernels.token_logprobs(hidden[weighted - 1], model.head, tokens[weighted], 1.0)
-        loss = -(logprob * weight[weighted]).sum() * scale
+            weights.append([0.0] * len(prompt) + weight)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = torch.zeros((), device=device)
+        for part in micro_batches(torch.tensor([len(row) for row in rows]), config.micro_batch_tokens):
+            loss += learn(model, [rows[i] for i in part], [weights[i] for i in part], scale)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         done = step / config.warm_steps
         share = min(1.0, (step + 1) / 20, (1 - done) / 0.5)  # of the peak rate: up over 20 steps, down over the second half
@@ -88,22 +85,29 @@ def warm_start(model: Llama, task, config: RunConfig, stage: str = STAGES[0]) ->
         with muon_precision(device):
             for optimizer in optimizers:
                 optimizer.step()
-        yield loss.detach()
+        yield loss
 
 
+def learn(model: Llama, rows: Sequence[list[int]], weights: Sequence[list[float]], scale: float) -> torch.Tensor:
+    """Add the gradient of some token sequences to what is there. Returns their loss, (): minus the weighted log-probs, scaled."""
+    device = model.device
+    tokens = torch.tensor([token for row in rows for token in row], device=device)  # (N,)
+    packed = Packed.of(torch.tensor([len(row) for row in rows], device=device))
+    weight = torch.tensor([w for row in weights for w in row], device=device)  # (N,)
+    weighted = weight.nonzero().squeeze(1)  # never a sequence's first token
+    hidden = model(tokens, packed.position_ids, packed)  # (N,C)
+    logprob, _ = kernels.token_logprobs(hidden[weighted - 1], model.head, tokens[weighted], 1.0)
+    loss = -(logprob * weight[weighted]).sum() * scale
+    loss.backward()
+    return loss.detach()
+
+
+PRETRAINED = ("config.json", "model.safetensors", "tokenizer.json")
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
 SHAPING_KEYS = ("task", "seed", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
 
-GATE_ADVICE = {
-    "result": "intermediate results are often wrong: raise warm_steps",
-    "check_precision": "`yes` is said too often: raise warm_steps, or lower trace_hint",
-    "check_recall": "solutions go unnoticed: raise warm_steps or trace_hint",
-    "answer": "solved traces do not lead to their answer: raise warm_steps or trace_hint",
-}
-
-
-def gates(model: Llama, task, config: RunConfig) -> dict[str, tuple[float, float]]:
+def gates(model: Llama, task: Task, config: RunConfig) -> dict[str, tuple[float, float]]:
     """(measured, required) of each gate, on the model's own rollouts of validation problems."""
     problems = task.problems("validation", config.eval_problems, "gates")
     rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), torch.Generator().manual_seed(config.seed))
@@ -113,9 +117,11 @@ def gates(model: Llama, task, config: RunConfig) -> dict[str, tuple[float, float
 
 
 def shaping(config: RunConfig) -> dict:
-    """The keys that shape a warm start, with their values."""
-    return {name: value for name, value in asdict(config).items()
+    """The keys that shape a warm start, with their values, and hashes of the files that some of them name."""
+    keys = {name: value for name, value in asdict(config).items()
             if name.startswith(("trace_", "warm_")) or name in (*SHAPING_KEYS, *TASK_KEYS[config.task])}
+    named = [Path(config.data_dir) / "train.jsonl", *map(Path(config.warm_from).joinpath, PRETRAINED)] if config.warm_from else []
+    return keys | {str(path): checkpoint.sha256(path) for path in named if path.is_file()}
 
 
 def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
@@ -125,7 +131,7 @@ def warm_folder(config: RunConfig, stage: str = STAGES[0]) -> Path:
     return Path(config.out_dir) / f"{stage.replace(' ', '-')}-{digest}"
 
 
-def untrained(task, config: RunConfig) -> Llama:
+def untrained(task: Task, config: RunConfig) -> Llama:
     """What the warm start trains: a new network, or the pretrained one with the task's tags. Raises UserError if that can't be
     loaded."""
     if not config.warm_from:
@@ -133,9 +139,15 @@ def untrained(task, config: RunConfig) -> Llama:
         return Llama(ModelConfig(len(task.tokenizer), **shape)).initialise(torch.Generator().manual_seed(config.seed))
     folder = Path(config.warm_from)
     try:
-        return with_vocabulary(checkpoint.load_model(folder), len(Tokenizer.load(folder / "tokenizer.json")), len(task.tokenizer))
+        model, known = checkpoint.load_model(folder), len(Tokenizer.load(folder / "tokenizer.json"))
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"cannot start from {folder}: {error}") from None
+    if model.config.vocab_size < known:
+        raise UserError(f"{folder}: its tokenizer has {known} tokens, its model {model.config.vocab_size}: take another model")
+    if (most := model.config.max_position_embeddings) < config.longest_context:
+        raise UserError(f"{folder} has a context of {most} tokens, but prompt + budget + answer can take "
+                        f"{config.longest_context}: lower thinking_budget, eval_budget or solution_tokens")
+    return with_vocabulary(model, known, len(task.tokenizer))
 
 
 def with_vocabulary(model: Llama, known: int, size: int) -> Llama:
@@ -150,19 +162,19 @@ def with_vocabulary(model: Llama, known: int, size: int) -> Llama:
     return grown
 
 
-def failed_gates(model: Llama, task, config: RunConfig) -> list[str]:
+def failed_gates(model: Llama, task: Task, config: RunConfig) -> list[str]:
     """Show the gates; what to do about each that failed."""
     failed = []
     for name, (measured, required) in gates(model, task, config).items():
         print(f"  gate {name:<16} {measured:.3f}  (needs {required:.2f})  {'ok' if measured >= required else 'FAILED'}")
-        failed += [GATE_ADVICE[name]] if measured < required else []
+        failed += [task.GATE_ADVICE[name]] if measured < required else []
     return failed
 
 
-def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path:
+def cached_warm_start(task: Task, config: RunConfig, device: str, force: bool) -> Path:
     """The checkpoint folder of the first stage of this config's warm start that passes the gates. A stage is trained if it isn't
     there, and saved. Raises UserError with advice if a gate fails after the last, unless `force`, which takes the first."""
-    model = untrained(task, config).to(device)
+    model = None
     for stage in STAGES:
         folder = warm_folder(config, stage)
         if checkpoint.damage(folder) is None:
@@ -170,6 +182,7 @@ def cached_warm_start(task, config: RunConfig, device: str, force: bool) -> Path
             model = checkpoint.load_model(folder, device)
         else:
             report.check_writable(folder)
+            model = (model or untrained(task, config)).to(device)
             with tqdm(total=config.warm_steps, desc=stage.replace("warm", "warm start"), unit="step", mininterval=2.0) as bar:
                 for loss in warm_start(model, task, config, stage):
                     if bar.n % 10 == 0:  # reading a loss waits for the device

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +27,7 @@ from nanomrt.config import RunConfig, UserError, load_config, refuse_unread
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.report import read_jsonl
 from nanomrt.tokenizer import Tokenizer
-from nanomrt.warmstart import untrained, warm_optimizers, with_vocabulary
+from nanomrt.warmstart import untrained, warm_folder, warm_optimizers, warm_start, with_vocabulary
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"task": "gsm8k", "ood_min_steps": 4, "prompt_tokens": 60, "step_tokens": 40, "solution_tokens": 160,
@@ -212,7 +214,9 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
 
 def test_a_repeated_step_is_counted(task):
     one, two = ([task.open_episode, *task.tokenizer.encode(text)] for text in ("2 + 2 = 4", "so it is 4"))
-    assert task.habits([None], [[*one, *two, *one, task.close_thinking]], 60)["repeats"] == 0.5
+    again = [task.go_back, *one[1:]]  # another tag, the same words
+    habits = task.habits([None], [[*one, *two, *again, task.close_thinking]], 60)
+    assert habits["repeats"] == 0.5 and habits["attempts"] == 3
 
 
 @pytest.mark.parametrize("text, reward", [
@@ -288,17 +292,76 @@ def test_a_vocabulary_may_stay_as_it_is():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), with_vocabulary(model, 8, 8).parameters(), strict=True))
 
 
+@pytest.fixture
+def copied(pretrained, config, tmp_path) -> RunConfig:
+    """A config whose pretrained model may be spoiled."""
+    shutil.copytree(pretrained, tmp_path / "copy")
+    return replace(config, warm_from=str(tmp_path / "copy"))
+
+
 @pytest.mark.parametrize("missing, message", [
-    ("tokenizer.json", "tokenizer.json is no tokenizer .*: name a checkpoint folder with tokenizer.json"),
-    ("model.safetensors", "cannot start from .*: .* it has no model.safetensors"),
+    ("tokenizer.json", "no file .*tokenizer.json: name the folder of a model in Hugging Face's layout"),
+    ("model.safetensors", r"cannot start from .*: .* it has no model.safetensors \(weights in several files.*save_pretrained"),
 ])
-def test_half_a_pretrained_model_is_named(pretrained, config, tmp_path, missing, message):
-    for path in pretrained.iterdir():
-        if path.name != missing:
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = replace(config, warm_from=str(tmp_path))
+def test_half_a_pretrained_model_is_named(copied, missing, message):
+    (Path(copied.warm_from) / missing).unlink()
     with pytest.raises((UserError, ValueError), match=message):
+        untrained(load_task(copied), copied)
+
+
+def with_tokenizer(config: RunConfig, change: Callable[[dict], None]) -> None:
+    path = Path(config.warm_from) / "tokenizer.json"
+    inner = json.loads(path.read_text())
+    change(inner)
+    path.write_text(json.dumps(inner))
+
+
+def test_a_vocabulary_that_does_not_fit_is_named(copied):
+    """One with more tokens than the model knows; one that cannot write what it reads; one whose ids have holes."""
+    with pytest.raises(UserError, match="its tokenizer has .* tokens, its model .*: take another model"):
+        shape = json.loads((Path(copied.warm_from) / "config.json").read_text())
+        few = Llama(replace(checkpoint.from_hf(shape), vocab_size=100)).initialise(torch.Generator().manual_seed(0))
+        shutil.copytree(copied.warm_from, few_in := Path(copied.warm_from).with_name("few"))
+        checkpoint.save(few_in, few, Tokenizer.load(few_in / "tokenizer.json"), {})
+        config = replace(copied, warm_from=str(few_in))
         untrained(load_task(config), config)
+    with_tokenizer(copied, lambda inner: inner["model"]["vocab"].update(far=len(inner["model"]["vocab"]) + 3))
+    with pytest.raises(ValueError, match="the ids of this vocabulary have holes, so tokens can't be added: take another model"):
+        load_task(copied)
+    with_tokenizer(copied, lambda inner: (inner["model"]["vocab"].pop("far"), inner.update(decoder=None)))
+    with pytest.raises(ValueError, match="the tokenizer of .* makes .* of 'It has .*', so nothing could be graded"):
+        load_task(copied)
+
+
+def test_a_context_too_short_for_the_task_is_found_before_the_warm_start(pretrained, config):
+    config = replace(config, warm_from=str(pretrained), max_position_embeddings=4000, thinking_budget=900)
+    with pytest.raises(UserError, match="has a context of 400 tokens, but .* can take .*: lower thinking_budget"):
+        untrained(load_task(config), config)
+
+
+def test_another_model_or_other_data_are_another_warm_start(copied, folder, tmp_path):
+    """Though the folders have the same names."""
+    shutil.copytree(folder, tmp_path / "data")
+    config = replace(copied, data_dir=str(tmp_path / "data"))
+    before, weights, data = warm_folder(config), Path(copied.warm_from) / "model.safetensors", tmp_path / "data/train.jsonl"
+    for path in (weights, data):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        assert warm_folder(config) != before
+        path.write_bytes(content)
+    assert warm_folder(config) == before
+
+
+def test_the_warm_start_of_micro_batches_is_the_same(pretrained, config):
+    """Its gradient is a sum over traces, however many are computed at once."""
+    losses = []
+    for tokens in (10**6, 1):
+        several = replace(config, warm_from=str(pretrained), micro_batch_tokens=tokens, warm_steps=3, warm_batch=6,
+                          warm_muon_lr=0.0)
+        task = load_task(several)
+        losses.append(torch.stack(list(warm_start(untrained(task, several), task, several))))
+    torch.testing.assert_close(*losses)
+    assert losses[0][2] < losses[0][0]
 
 
 def test_without_a_rate_for_muon_adamw_trains_everything(config):
@@ -316,6 +379,11 @@ def test_keys_of_another_task_are_refused(config):
     refuse_unread(config, ["prompt_tokens", "steps"])
     with pytest.raises(ValueError, match="numbers changes nothing with task=gsm8k: leave it out, or set task=countdown"):
         refuse_unread(config, ["numbers"])
+    for name in ("trace_repeat", "gate_check_recall", "hidden_size", "num_hidden_layers"):
+        with pytest.raises(ValueError, match=f"{name} changes nothing with task=gsm8k: leave it out, or set task=countdown"):
+            refuse_unread(config, [name])
+    with pytest.raises(ValueError, match="repeat_penalty knows how long an attempt is in Countdown only"):
+        replace(config, repeat_penalty=0.5)
     with pytest.raises(ValueError, match="ood_min_steps changes nothing with task=countdown: leave it out, or set task=gsm8k"):
         refuse_unread(RunConfig(), ["ood_min_steps"])
 
@@ -349,6 +417,8 @@ def test_the_pipeline_runs_from_a_pretrained_model(pretrained, folder, tmp_path,
     finally:
         signal.signal(signal.SIGINT, before)
     assert contents == {path: path.read_bytes() for path in pretrained.iterdir()}
+    config = (tmp_path / "out/run/config.json").read_text()
+    (tmp_path / "out/run/config.json").write_text(config.replace(str(pretrained), "gone"))  # each checkpoint has the vocabulary
     run = tmp_path / "out/run"
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "reward" in row]
     assert len(rows) == 2 and all(row["max_logprob_diff"] < 1e-4 for row in rows)

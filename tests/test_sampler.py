@@ -364,17 +364,17 @@ def test_rows_that_were_not_kept_cannot_be_branched(model):
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
-    """One row, what is kept and two copies of the prefixes have to fit; otherwise as many rows as fit are sampled at a time."""
+    """One row, what is kept and a copy of the prefixes have to fit; otherwise as many rows as fit are sampled at a time."""
     prompts, owner, contexts = groups(4)
     prefix, branches = prefill(model, prompts), branches_of(owner, contexts)
     T, token = 1 + 9, 2 * 2 * 2 * 8 * 4  # tokens of a suffix; bytes of its keys and values: 2 layers, 2 heads, 8 wide, fp32
     row = T * token + 3 * 4 * model.config.vocab_size  # with three numbers for each token that may be next
     exact = generate(model, prefix, branches, Sampling(9, ())).rows()
-    copies = 2 * len(prompts) * 16
-    monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T)) * token + 3 * row)
+    copied = len(prompts) * 16
+    monkeypatch.setattr(sampler, "cache_room", lambda device: (copied + 20 * (16 + T)) * token + 3 * row)
     assert sampler.fitting_rows(model, prefix, 20, T, True) == 3 and sampler.fitting_rows(model, prefix, 20, T, False) == 20
     assert generate(model, prefix, branches, Sampling(9, ())).rows() == exact
-    monkeypatch.setattr(sampler, "cache_room", lambda device: (copies + 20 * (16 + T)) * token + row - 1)
+    monkeypatch.setattr(sampler, "cache_room", lambda device: (copied + 20 * (16 + T)) * token + row - 1)
     with pytest.raises(ValueError, match="there is room for .* GB: sample fewer rows at a time or lower the budget"):
         generate(model, prefix, branches, Sampling(9, ()))
     monkeypatch.setattr(sampler, "cache_room", lambda device: len(prompts) * 16 * token)
@@ -382,6 +382,20 @@ def test_what_does_not_fit_is_an_error_that_names_the_fix(model, monkeypatch):
     monkeypatch.setattr(sampler, "cache_room", lambda device: len(prompts) * 16 * token - 1)
     with pytest.raises(ValueError, match="caching 5 prompts of up to 16 tokens takes .* GB: give fewer or shorter prompts"):
         prefill(model, prompts)
+
+
+def test_prefixes_are_read_where_they_are_until_half_are_of_no_use(model):
+    """Six prompts, two rows each: a copy of three of them is made when the rows of the others have finished, and not before."""
+    prefix = prefill(model, [[i, 1, 2, 3] for i in range(6)])
+    branches = Branches.of([r // 2 for r in range(12)], [4] * 12, [[5]] * 12, "cpu")
+    slots = sampler.Slots(model, prefix, branches, 4, 12, keep=False)
+    rows, where = sampler.Rows.of(branches, Sampling(3, ())), lambda: slots.shared_keys.untyped_storage().data_ptr()
+    own, left = prefix.keys.untyped_storage().data_ptr(), []
+    for i in range(5):
+        rows.finished[2 * i : 2 * i + 2] = True
+        assert slots.turn_over(rows) and (where() == own) == (i < 2)
+        left.append(slots.shared_keys.shape[1])
+    assert left == [6, 6, 3, 3, 1]
 
 
 def test_what_would_be_sampled_wrongly_is_refused(model):

@@ -195,6 +195,16 @@ def test_resuming_equals_never_stopping(finished, out):
     assert equal(load_file(run / optimizer), load_file(finished / optimizer))
 
 
+def test_a_forced_run_resumes_from_the_warm_start_that_it_began_with(out, monkeypatch):
+    """--force took one that fails a gate; to go on from it needs no second --force, and no other warm start."""
+    run = run_tiny(out, "--gate_answer=1", "--steps=2", "--force")
+    (run / "checkpoints/step-000002").rename(out / "gone")
+    start = read_jsonl(run / "metrics.jsonl")[0]["start"]
+    monkeypatch.setattr(train, "cached_warm_start", lambda *_: pytest.fail("asked for a warm start"))
+    run_tiny(out, "--gate_answer=1", "--steps=2", "--resume")
+    assert read_jsonl(run / "metrics.jsonl")[0]["start"] == start and len(metrics(run)) == 2
+
+
 @pytest.mark.parametrize("moment", ["in a step", "while a checkpoint is written"])
 def test_a_killed_run_resumes_to_the_same_end(finished, out, moment):
     """SIGKILL, then --resume: the same weights and metrics as if nothing had happened."""
