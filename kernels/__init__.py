@@ -24,7 +24,13 @@ __all__ = ["attention", "branch_attention", "logits", "rms_norm", "rotate", "swi
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D)."""
+    """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D).
+
+    Sequence b, which may be empty, is tokens cu_seqlens[b] … cu_seqlens[b+1]-1. So cu_seqlens are integers that begin with 0,
+    never fall and end with N or less: tokens behind the last one have zeros for results and gradients. max_seqlen is the length
+    of the longest sequence, or more. None of this is checked, which would have to wait for the device: with other starts a kernel
+    reads what is not its own, and with a lower max_seqlen it leaves results unwritten.
+    """
     return (fused_attention if q.is_cuda else reference.attention)(q, k, v, cu_seqlens, max_seqlen)
 
 

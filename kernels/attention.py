@@ -24,7 +24,8 @@ bits do not depend on its neighbours in the pack either:
             3 [o] o   o   x      [ ] a column, which a program of dK and dV walks down; forward and dQ walk along a row
 
 Scores carry log2(e) / sqrt(D), because the hardware computes 2^x and not e^x. That saves 29 % of the forward loop's instructions
-(sm_90, D 128), no masks 30 %, the copy engine 11 % (NOTES.md, what each trick buys). Left out: dropout, biases, windows.
+(sm_90, D 128), no masks 30 %, the copy engine 11 %; at D 64 the loop of dK and dV has more with the copy engine than without, 334
+and not 314 (NOTES.md, what each trick buys). Left out: dropout, biases, windows.
 Dimension key: N packed tokens, H query heads, K key/value heads, G = H/K, D head dim; BM queries and BN keys in a tile.
 """
 
@@ -232,7 +233,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By kernel and head dim: the largest tiles found that spill no register on what they are for; tests/compiled.py compiles them. BN
+# By kernel and head dim: the largest tiles found that spill no register on what they are for; tests/compiled.py compiles all. BN
 # divides BM in the kernels that walk along a row, and BM divides BN in the one that walks down a column.
 TILES = {
     "hopper": {  # 16 bit, 227 KiB of shared memory for a program: sm_90
@@ -248,7 +249,7 @@ TILES = {
     "fp32": {  # exact products on the ordinary cores: for checks, not for speed. dq of head dim 256 spills in any tile
         "forward": {16: (64, 32, 8, 1), 32: (32, 32, 8, 1), 64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         "dq": {16: (32, 16, 8, 1), 32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-        "dkdv": {16: (16, 32, 8, 1), 32: (32, 32, 8, 2), 64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        "dkdv": {16: (32, 64, 8, 1), 32: (32, 32, 8, 2), 64: (16, 64, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
 TILES["blackwell"] = {  # sm_100: two of those of sm_90 spill
@@ -329,10 +330,9 @@ attention_forward.register_autograd(_differentiate, setup_context=_save)
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """Causal attention inside each packed sequence. q (N,H,D), k and v (N,K,D), cu_seqlens (B+1,) -> (N,H,D).
 
-    All of one type, fp16, bf16 or fp32; sequence b is tokens cu_seqlens[b] … cu_seqlens[b+1]-1, may be empty, and is not longer
-    than max_seqlen. Tokens behind the last one have zeros for results and gradients. A head dim that is no power of two is filled
-    up with zeros, which costs a copy. Raises ValueError for other types, shapes that don't fit, more than 65,534 sequences, one
-    that may be longer than LONGEST, and a head dim over 256.
+    All of one type, fp16, bf16 or fp32; kernels/__init__.py says what cu_seqlens and max_seqlen have to be. A head dim that is no
+    power of two is filled up with zeros, which costs a copy. Raises ValueError for other types, shapes that don't fit, more than
+    65,534 sequences, one that may be longer than LONGEST, and a head dim over 256.
     """
     (N, H, D), K, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     if H % K:

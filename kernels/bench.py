@@ -8,17 +8,18 @@
 A dry run takes the reference for nanomrt; with TRITON_INTERPRET=1 before it, in half a minute, the kernels themselves.
 
 A number means little without its neighbours, so every table holds the peers of the same minute, and the first rows are what
-this machine gives at best: its copy bandwidth and its rate of bf16 matrix products. Method:
-- The providers of a case take turns, so that heat and clocks treat them alike; the median of their times counts.
+this machine gives at best: its copy bandwidth and its rate of bf16 matrix products. `floor ms` is what the bytes or FLOPs of a
+row's task take at that rate. Goals, minimum / target, stand beside what they are for. Method:
+- The providers of a case take turns, so that heat and clocks treat them alike; the median of their times counts, of as many as
+  `repeats` says.
 - Before each measurement the L2 cache is overwritten, and the device waits a moment: the host runs ahead as it does in
   training, and CUDA events time kernels, not Python.
 - `backward` is timed alone, on a graph made just before. Inputs and upstream gradients are random.
 - FLOPs are those of the task and not of the provider: visible (query, key) pairs of the true lengths, so that padding costs
   and does not count. Forward 4 D per pair and head; backward 2.5 times that. Log-prob: 2 N V C forward, 6 N V C with backward,
   8 N V C for a provider that computes the logits twice.
-- Decoding is bound by bytes: GB/s count each cached key and value once, however often a provider reads it. Goal: 75 to 88 % of
-  the copy rate; with 16 branches of a prefix, 5 to 6.5 times as fast as reading it once per branch. So are norms, rotations and
-  SwiGLU, for which each number that goes in or comes out counts once.
+- Decoding is bound by bytes: GB/s count each cached key and value once, however often a provider reads it. So are norms,
+  rotations and SwiGLU, for which each number that goes in or comes out counts once.
 - Padding a pack, FlexAttention's block mask, and a prefix copied for every branch are made before the clock starts: presents to
   the peers.
 - nanomrt also computes the entropy; the peers compute log p only. `max error` is log p's against float64, on up to 256 rows.
@@ -35,7 +36,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,16 +55,18 @@ from nanomrt.run import commit
 FLUSH = 256 * 1024**2  # bytes written before each measurement: several times the L2 of any GPU so far
 AHEAD = 5_000_000  # clock cycles, about 3 milliseconds, by which the host runs ahead of the device
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
-OURS = "nanomrt"
+OURS, FLASH, CUDNN, EFFICIENT = "nanomrt", "SDPA FLASH", "SDPA CUDNN", "SDPA EFFICIENT"
+FLEX, UNSHARED = "FlexAttention", "same kernel, nothing shared"
 
-# Minimum and target TFLOP/s on one H200, set before anything was measured. (head dim, longest sequence) or the pass alone.
-GOALS = {
+# Minimum and target TFLOP/s of attention on one H200, set before anything was measured, as all goals were. By pass, head dim and
+# length of a sequence.
+TFLOPS = {
     (FORWARD, 64, 1024): (270, 310), (FORWARD, 64, 4096): (345, 385), (FORWARD, 64, 16384): (365, 405),
     (FORWARD, 128, 1024): (280, 350), (FORWARD, 128, 4096): (390, 460), (FORWARD, 128, 16384): (420, 500),
     (BACKWARD, 64, 1024): (150, 190), (BACKWARD, 64, 4096): (220, 270), (BACKWARD, 64, 16384): (250, 300),
     (BACKWARD, 128, 1024): (140, 190), (BACKWARD, 128, 4096): (230, 280), (BACKWARD, 128, 16384): (260, 310),
-    (FORWARD,): (480, 600), (BOTH,): (500, 600),
 }
+Goals = dict[str, dict[str, tuple[float, ...]]]  # by pass, what of it ("tflops", "share", "error", or a peer), (minimum, target)
 
 
 class Call(NamedTuple):
@@ -95,11 +98,7 @@ class Case:
     flops: dict[str, float]  # by pass
     lengths: tuple[int, ...] = ()
     bytes: dict[str, int] | None = None  # by pass, that have to be moved, where they decide the time
-
-    def goal(self, phase: str) -> tuple[int, int] | None:
-        if self.bytes or len(set(self.lengths)) > 1:
-            return None
-        return GOALS.get((phase, self.inputs[0].shape[-1], self.lengths[0]) if self.lengths else (phase,))
+    goals: Goals = field(default_factory=dict)
 
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
@@ -132,11 +131,23 @@ def lognormal_lengths(total: int, median: int, longest: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def attention_goals(lengths: Sequence[int], D: int) -> Goals:
+    """Relative to peers, and for some shapes in TFLOP/s. A pack should take no longer than padded, or cut into blocks."""
+    if len(set(lengths)) > 1:
+        return {phase: dict.fromkeys((FLASH, CUDNN, EFFICIENT, FLEX), (1.0,)) for phase in (FORWARD, BACKWARD)}
+    goals = {FORWARD: {FLASH: (1.25,), **({CUDNN: (0.95,)} if D == 64 else {})}, BACKWARD: {FLASH: (0.9,)}}
+    for phase, found in goals.items():
+        if goal := TFLOPS.get((phase, D, lengths[0])):
+            found["tflops"] = goal
+    return goals
+
+
 def attention_case(name: str, lengths: tuple[int, ...], H: int, K: int, D: int, device: str, dtype: torch.dtype) -> Case:
     draw = random_tensors(device, dtype)
     q, k, v, upstream = (draw(sum(lengths), heads, D) for heads in (H, K, K, H))
     inputs = tuple(x.requires_grad_() for x in (q, k, v))
-    return Case(f"{name}, H {H} K {K} D {D}", inputs, upstream, attention_flops(lengths, H, D), lengths)
+    return Case(f"{name}, H {H} K {K} D {D}", inputs, upstream, attention_flops(lengths, H, D), lengths,
+                goals=attention_goals(lengths, D))
 
 
 def starts(case: Case, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -195,9 +206,9 @@ def flex(case: Case) -> Call:
     return Call(lambda: attend(*map(heads, case.inputs), block_mask=mask, enable_gqa=True), case.inputs, heads(case.upstream))
 
 
-ATTENTION = [Provider(OURS, ours), *(Provider(f"SDPA {name.removesuffix('_ATTENTION')}", partial(sdpa, name)) for name in
-                                     ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")),
-             Provider("varlen_attn", varlen), Provider("FlexAttention", flex)]
+ATTENTION = [Provider(OURS, ours), Provider(FLASH, partial(sdpa, "FLASH_ATTENTION")),
+             Provider(CUDNN, partial(sdpa, "CUDNN_ATTENTION")), Provider(EFFICIENT, partial(sdpa, "EFFICIENT_ATTENTION")),
+             Provider("varlen_attn", varlen), Provider(FLEX, flex)]
 
 
 # --- Log-probabilities of tokens ---
@@ -207,7 +218,9 @@ def logprob_case(N: int, C: int, V: int, device: str, dtype: torch.dtype) -> Cas
     draw, once = random_tensors(device, dtype), 2 * N * V * C
     hidden, weight = draw(N, C).requires_grad_(), draw(V, C).mul_(2 * C**-0.5).requires_grad_()  # logits spread by 2
     targets = torch.randint(V, (N,), device=device)
-    return Case(f"N {N} C {C} V {V}", (hidden, weight, targets), draw(N).float(), {FORWARD: once, BOTH: 3 * once})
+    error = {"error": (1e-3, 2e-4)}  # here the minimum is the most that it may be
+    return Case(f"N {N} C {C} V {V}", (hidden, weight, targets), draw(N).float(), {FORWARD: once, BOTH: 3 * once},
+                goals={FORWARD: {"tflops": (480, 600), **error}, BOTH: {"tflops": (500, 600), **error}})
 
 
 def two_pass(case: Case) -> Call:
@@ -266,8 +279,9 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
     inputs = (draw(R, H, D), *prefix, torch.zeros(S, M, L, device=device), place.view(S, M), place, *suffix,
               torch.full((R,), t, device=device))
     flops = {FORWARD: 4 * H * D * R * (L + t)}
+    goals = {"share": (0.75, 0.88), **({UNSHARED: (5.0, 6.5)} if M == 16 else {})}
     return Case(f"{S} x {M} branches, {L} + {t} entries, H {H} K {K} D {D}", inputs, inputs[0], flops, (L + t,) * R,
-                {FORWARD: sum(x.nbytes for x in (*prefix, *suffix))})
+                {FORWARD: sum(x.nbytes for x in (*prefix, *suffix))}, {FORWARD: goals})
 
 
 def decode(shared: bool, case: Case) -> Call:
@@ -291,7 +305,7 @@ def copies(case: Case) -> int:
     return 4 * case.inputs[1].nbytes * case.inputs[4].shape[1]
 
 
-DECODE = [Provider(OURS, partial(decode, True)), Provider("same kernel, nothing shared", partial(decode, False), copies),
+DECODE = [Provider(OURS, partial(decode, True)), Provider(UNSHARED, partial(decode, False), copies),
           Provider("SDPA, nothing shared", decode_sdpa, copies)]
 
 
@@ -369,9 +383,9 @@ def stopwatch(before: Callable[[], object], run: Callable[[object], object], flu
     return begin.elapsed_time(end)
 
 
-def measure(runs: Sequence[tuple], device: str, least: int, most: int) -> list[float | None]:
-    """Median milliseconds of each (before, run), taken in turn `most` times, or at least `least` times and for 2 seconds.
-    None where memory ran out."""
+def measure(runs: Sequence[tuple], device: str, least: int, most: int) -> list[list[float]]:
+    """Milliseconds of each (before, run), taken in turn `most` times, or at least `least` times and for 2 seconds. None at all
+    where memory ran out."""
     flush = torch.empty(FLUSH if device == "cuda" else 1, dtype=torch.uint8, device=device)
     times, failed = [[] for _ in runs], set()
     enough = lambda i: i in failed or len(times[i]) >= most or (len(times[i]) >= least and sum(times[i]) >= 2000)
@@ -381,7 +395,7 @@ def measure(runs: Sequence[tuple], device: str, least: int, most: int) -> list[f
                 times[i].append(stopwatch(*runs[i], flush))
             except torch.OutOfMemoryError:
                 failed.add(i)
-    return [None if i in failed else statistics.median(ms) for i, ms in enumerate(times)]
+    return [[] if i in failed else ms for i, ms in enumerate(times)]
 
 
 def peak_memory(before: Callable[[], object], run: Callable[[object], object], device: str) -> int | None:
@@ -418,7 +432,7 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
                     flops = case.flops[phase] + (case.flops[FORWARD] if call.recomputes and phase != FORWARD else 0)
                     found.append((row | {"pass": phase, "flops": flops, "task_flops": case.flops[phase],
                                          "bytes": case.bytes and case.bytes[phase], "extra_bytes": peak_memory(*run, device),
-                                         "goal": case.goal(phase) if provider.name.startswith(OURS) else None}, run))
+                                         "goals": case.goals.get(phase, {}) if provider.name.startswith(OURS) else {}}, run))
         except Exception as problem:  # whatever a peer dies of: the others go on
             reason = textwrap.shorten(str(problem) or type(problem).__name__, 90, placeholder=" …")
         if reason is None:
@@ -431,21 +445,25 @@ def bench(case: Case, providers: Sequence[Provider], device: str, least: int, mo
     measured = iter(measure(runs, device, least, most))
     for row in rows:
         if row["pass"]:
-            row["ms"] = next(measured)
+            times = next(measured)
+            row["ms"], row["repeats"] = statistics.median(times) if times else None, len(times)
             row |= {"tflops": row["task_flops"] / row["ms"] / 1e9} if row["ms"] else {"reason": "not available: out of memory"}
             row |= {"gbs": row["bytes"] / row["ms"] / 1e6} if row["bytes"] and row["ms"] else {}
     return rows
 
 
 def compare(rows: Sequence[dict], matmul: float, copy: float) -> None:
-    """Fill in the share of the matmul or copy rate, what is computed twice included, and how many times as fast as the best peer
-    of its case and pass a row is."""
+    """Fill in the floor; the share of the matmul or copy rate, what is computed twice included; and how many times as fast as the
+    best peer of its case and pass a row is, and as those that `against` lists if it is ours."""
     timed = [row for row in rows if row.get("ms")]
     for row in timed:
-        peers = [other["ms"] for other in timed if (other["case"], other["pass"]) == (row["case"], row["pass"])
-                 and not other["provider"].startswith(OURS)]
+        peers = {other["provider"]: other["ms"] for other in timed if (other["case"], other["pass"]) == (row["case"], row["pass"])
+                 and not other["provider"].startswith(OURS)}
+        row["floor_ms"] = row["bytes"] / copy / 1e6 if row["bytes"] else row["task_flops"] / matmul / 1e9
         row["share"] = row["gbs"] / copy if "gbs" in row else row["flops"] / row["ms"] / 1e9 / matmul
-        row["ratio"] = min(peers) / row["ms"] if peers else None
+        row["ratio"] = min(peers.values()) / row["ms"] if peers else None
+        if row["provider"].startswith(OURS):
+            row["against"] = {name: ms / row["ms"] for name, ms in peers.items() if name in (FLASH, CUDNN, *row["goals"])}
 
 
 def gpu_name(device: str) -> tuple[str, str]:
@@ -461,7 +479,8 @@ def machine(device: str, dtype: torch.dtype, least: int, most: int) -> list[dict
     source, a, b = draw(1024 if small else 2**29), draw(n, n), draw(n, n)
     target = torch.empty_like(source)
     nothing = lambda: None
-    copy, matmul = measure([(nothing, lambda _: target.copy_(source)), (nothing, lambda _: a @ b)], device, least, most)
+    runs = [(nothing, lambda _: target.copy_(source)), (nothing, lambda _: a @ b)]
+    copy, matmul = map(statistics.median, measure(runs, device, least, most))
     return [{"what": "copy", "value": 2 * source.nbytes / copy / 1e6, "unit": "GB/s"},
             {"what": f"{str(dtype).removeprefix('torch.')} matmul, {n} x {n} x {n}", "value": 2 * n**3 / matmul / 1e9,
              "unit": "TFLOP/s"}]
@@ -470,19 +489,32 @@ def machine(device: str, dtype: torch.dtype, least: int, most: int) -> list[dict
 # --- Showing ---
 
 
+def beside_goal(value: float, row: dict, what: str, show: Callable[[float], str]) -> str:
+    """A value and, in brackets, what was to be reached.
+
+    >>> beside_goal(0.8, {"goals": {"share": (0.75, 0.88)}}, "share", "{:.0%}".format)
+    '80% (goal 75% / 88%)'
+    """
+    goal = row["goals"].get(what)
+    return show(value) + (f" (goal {' / '.join(map(show, goal))})" if goal else "")
+
+
 COLUMNS = {
     "case": lambda row: row["case"],
     "provider": lambda row: row["provider"] + (f" ({row['note']})" if row.get("note") else ""),
     "pass": lambda row: row["pass"],
     "ms": lambda row: f"{row['ms']:.3f}" if row.get("ms") else row["reason"],
-    "TFLOP/s": lambda row: f"{row['tflops']:.0f}" * bool(row["task_flops"]),
-    "goal": lambda row: "{} / {}".format(*row["goal"]),
+    "floor ms": lambda row: f"{row['floor_ms']:.3f}",
+    "repeats": lambda row: str(row["repeats"] or ""),
+    "TFLOP/s": lambda row: beside_goal(row["tflops"], row, "tflops", "{:.0f}".format) * bool(row["task_flops"]),
     "of matmul": lambda row: f"{row['share']:.0%}" * (not row["bytes"]),
     "GB/s": lambda row: f"{row['gbs']:.0f}",
-    "of copy": lambda row: f"{row['share']:.0%}" * bool(row["bytes"]),
+    "of copy": lambda row: beside_goal(row["share"], row, "share", "{:.0%}".format) * bool(row["bytes"]),
     "extra MiB": lambda row: f"{row['extra_bytes'] / 2**20:.0f}",
     "of best peer's speed": lambda row: f"{row['ratio']:.2f}",
-    "max error": lambda row: f"{row['error']:.0e}",
+    "of a peer's speed": lambda row: ", ".join(
+        f"{name} {beside_goal(ratio, row, name, '{:.2f}'.format)}" for name, ratio in row["against"].items()),
+    "max error": lambda row: beside_goal(row["error"], row, "error", "{:.0e}".format),
 }
 
 
@@ -529,8 +561,8 @@ def figure(path: Path, tables: dict[str, list[dict]], matmul: float, copy: float
             i = names.index(row["provider"])
             x = cases.index(row["case"]) + (i - (len(names) - 1) / 2) * width
             axes.bar(x, row[rate], width, color=COLOURS[i % len(COLOURS)])
-            if row["goal"]:
-                axes.hlines(row["goal"][0], x - width / 2, x + width / 2, color="black", linewidth=1.5)
+            if goal := row["goals"].get("tflops"):
+                axes.hlines(goal[0], x - width / 2, x + width / 2, color="black", linewidth=1.5)
         for i, name in enumerate(names):
             axes.bar(0, 0, color=COLOURS[i % len(COLOURS)], label=name)
         axes.axhline(best, color="0.4", linewidth=1, linestyle="--")

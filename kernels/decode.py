@@ -115,6 +115,21 @@ def tile_of(q: Tensor, shared: bool) -> Tile:
     return Tile(64, 64, 8, 2) if shared and not wide else Tile(16, 32 if wide else 64, 4, 2)
 
 
+def check(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor, suffix_k: Tensor,
+          suffix_v: Tensor, length: Tensor) -> None:
+    """Raises ValueError for what the kernels would misread."""
+    (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
+    if H % K:
+        raise ValueError(f"{H} query heads can't share {K} key/value heads: H must be a multiple of K")
+    if D > 256:
+        raise ValueError(f"head_dim={D} is over 256, the largest that the decoding kernel has tiles for")
+    for name, x, shape in (("prefix_k", prefix_k, (S, K, L, D)), ("prefix_v", prefix_v, (S, K, L, D)),
+                           ("unseen", unseen, (S, M, L)), ("group", group, (S, M)), ("place", place, (R,)),
+                           ("suffix_k", suffix_k, (R, K, t, D)), ("suffix_v", suffix_v, (R, K, t, D)), ("length", length, (R,))):
+        if x.shape != shape:
+            raise ValueError(f"q {tuple(q.shape)} and prefix_k {tuple(prefix_k.shape)} need {name} {shape}, not {tuple(x.shape)}")
+
+
 def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v (·,K,·,D) with each value where its key is, and its D numbers side by side; copied if they lie otherwise."""
     return (k, v) if k.stride() == v.stride() and k.stride(3) == 1 else (k.contiguous(), v.contiguous())
@@ -125,8 +140,9 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     """One new token per row against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D); no gradient.
 
     prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D), length (R,): see
-    `reference`.
+    `reference`. Raises ValueError for shapes that don't fit and a head dim over 256.
     """
+    check(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length)
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     prefix_parts, suffix_parts = triton.cdiv(L, CHUNK), triton.cdiv(t, CHUNK)
     part_out, part_lse = (torch.empty(prefix_parts + suffix_parts, R, H, *size, dtype=torch.float32, device=q.device)

@@ -174,7 +174,7 @@ TILES = {
     "hopper": Tile(128, 256, 64, 8, 3),  # 16 bit, 227 KiB of shared memory for a program
     "blackwell": Tile(128, 128, 64, 8, 4),  # the same; on sm_90, too, where z is stored as well
     "narrow": Tile(128, 128, 32, 8, 3),  # 16 bit, 99 KiB: everything else
-    "fp32": Tile(64, 64, 32, 8, 1),  # exact products on the ordinary cores: for checks, not for speed
+    "fp32": Tile(64, 64, 16, 8, 1),  # exact products on the ordinary cores: for checks, not for speed
 }
 STORED = Tile(16, 256, 64, 4, 1)  # dz from stored logits: no products, only reading and writing
 
@@ -191,6 +191,8 @@ def check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise ValueError(f"hidden ({N}, {C}) needs weight (V, {C}) and targets ({N},), not {shapes[0]} and {shapes[1]}")
     if hidden.dtype != weight.dtype or hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast both to one of float16, bfloat16 and float32")
+    if targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype}: they number tokens, in int64")
 
 
 def at_a_time(most: int, row_bytes: int, step: int) -> int:
@@ -217,7 +219,7 @@ def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     (N, C), V = hidden.shape, len(weight)
     fp32 = lambda *shape: torch.empty(shape, dtype=torch.float32, device=hidden.device)
     part_m, part_l, part_t = fp32(SPLITS, N), fp32(SPLITS, N), fp32(SPLITS, N)
-    target_z = torch.full((N,), torch.nan, device=hidden.device)  # stays so for a target outside of the vocabulary
+    target_z = fp32(N).fill_(torch.nan)  # stays so for a target outside of the vocabulary
     logprob, entropy, lse = fp32(N), fp32(N), fp32(N)
     if N:
         tile = tile_of(hidden, stored is not None)

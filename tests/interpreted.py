@@ -73,8 +73,9 @@ def forward_and_gradients(function, inputs, starts, longest: int, upstream: Tens
 
 
 @pytest.mark.parametrize("lengths, H, K, D", [
-    ((1, 17, 127), 1, 1, 16), ((129, 0, 1), 3, 1, 32), ((0, 64, 65, 0), 4, 1, 64), ((5, 20), 6, 1, 16), ((33,), 7, 1, 32),
-    ((40, 3), 2, 1, 80), ((17, 20), 2, 2, 96), ((170,), 2, 1, 128), ((35,), 2, 1, 256), ((1, 1, 1), 2, 2, 16), ((200,), 2, 1, 8),
+    ((1, 17, 127), 1, 1, 16), ((129, 0, 1), 3, 1, 32), ((200,), 1, 1, 32), ((0, 64, 200, 0), 2, 1, 64), ((5, 20), 6, 1, 16),
+    ((33,), 7, 1, 32), ((40, 3), 2, 1, 80), ((17, 20), 2, 2, 96), ((170,), 2, 1, 128), ((150,), 1, 1, 256), ((1, 1, 1), 2, 2, 16),
+    ((200,), 2, 1, 8),
 ], ids=str)
 def test_attention_and_its_gradients(lengths, H, K, D, dtype):
     """Output, dQ, dK and dV equal the reference in float64, for ragged packs, shared heads and any head dim."""
@@ -96,9 +97,10 @@ def test_attention_with_the_tiles_of_sm_100(D, T, monkeypatch):
         assert_near(a, b, HALF)
 
 
-@pytest.mark.parametrize("lengths, N", [((20, 0, 5), 100), ((0,), 5)], ids=str)
+@pytest.mark.parametrize("lengths, N", [((20, 0, 5), 100), ((0,), 5), ((70,), 400), ((200, 3), 700)], ids=str)
 def test_tokens_behind_the_last_sequence_are_zeros(lengths, N, dtype):
-    """In the result and in all gradients, even if they are poisoned; the sequences have the bits that they have without."""
+    """In the result and in all gradients, even if they are poisoned; the sequences have the bits that they have without. One
+    program per head clears them or, where the longest sequence needs several, these in turn."""
     inputs, starts, upstream = pack(lengths, 2, 1, 16, dtype)
     tail = lambda x: torch.cat([x, x.new_full((N - len(x), *x.shape[1:]), torch.nan)])
     mine = forward_and_gradients(attention, [tail(x) for x in inputs], starts, max(lengths), tail(upstream))
@@ -192,13 +194,9 @@ def exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
-@pytest.mark.parametrize("N, C, V, temperature, g, e", [
-    (130, 40, 97, 0.7, 1, 1), (130, 40, 97, 0.7, 1, 0), (130, 40, 97, 0.7, 0, 1), (130, 40, 97, 0.7, 0, 0),
-    (5, 16, 2, 1.0, 1, 1), (3, 33, 129, 1.0, 1, 1), (66, 70, 2100, 2.0, 1, 1),
-])
-def test_logprobs_and_their_gradients(N, C, V, temperature, g, e, dtype):
-    """log p, entropy and the gradients of hidden states and weights, for random upstream gradients of either or both."""
-    hidden, weight, targets = logprob_case(N, C, V, dtype)
+def assert_exact_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, g: float, e: float) -> Tensor:
+    """And exact gradients of hidden states and weights, for random upstream gradients times g and e. Returns log p."""
+    N, V, dtype = len(hidden), len(weight), hidden.dtype
     upstream = (g * randn(N, seed=5), e * randn(N, seed=6))
     results = []
     for function, cast in ((token_logprobs, lambda x: x.clone()), (exact_logprobs, Tensor.double)):
@@ -211,6 +209,27 @@ def test_logprobs_and_their_gradients(N, C, V, temperature, g, e, dtype):
     assert (logprob <= 0).all() and (entropy >= 0).all() and (entropy <= math.log(V) + 1e-6).all()
     for a, b in zip(gradients, exact_gradients, strict=True):
         assert_near(a, b, dtype)
+    return logprob.detach()
+
+
+@pytest.mark.parametrize("N, C, V, temperature, g, e", [
+    (130, 40, 97, 0.7, 1, 1), (130, 40, 97, 0.7, 1, 0), (130, 40, 97, 0.7, 0, 1), (130, 40, 97, 0.7, 0, 0),
+    (5, 16, 2, 1.0, 1, 1), (3, 33, 129, 1.0, 1, 1), (66, 70, 2100, 2.0, 1, 1),
+])
+def test_logprobs_and_their_gradients(N, C, V, temperature, g, e, dtype):
+    """log p, entropy and the gradients of hidden states and weights, for upstream gradients of either or both."""
+    assert_exact_logprobs(*logprob_case(N, C, V, dtype), temperature, g, e)
+
+
+@pytest.mark.parametrize("dtype", ["fp16, sm_90"], indirect=True)
+def test_logprobs_of_a_real_vocabulary(dtype):
+    """That of Qwen, 151,936 tokens: 75 tiles in each split. The normaliser that log p implies makes of all logits probabilities
+    whose sum is 1."""
+    hidden, weight, targets = logprob_case(2, 16, 151_936, dtype)
+    logprob = assert_exact_logprobs(hidden, weight, targets, 1.0, 1, 1)
+    z = hidden.double() @ weight.double().T
+    lse = z.gather(1, targets[:, None]) - logprob[:, None]
+    assert ((z - lse).exp().sum(1) - 1).abs().max() < 1e-5
 
 
 def test_probabilities_sum_to_one_and_gradients_to_zero(dtype):
@@ -305,6 +324,7 @@ def test_temporaries_fit_the_workspace(N, C, monkeypatch):
     (lambda h, w, t: (h.double(), w.double(), t), "cast both to one of float16, bfloat16 and float32"),
     (lambda h, w, t: (h, w[:, :7], t), r"hidden \(4, 8\) needs weight \(V, 8\) and targets \(4,\), not \(9, 7\) and \(4,\)"),
     (lambda h, w, t: (h, w, t[:3]), r"not \(9, 8\) and \(3,\)"),
+    (lambda h, w, t: (h, w, t.float()), "targets are torch.float32: they number tokens, in int64"),
 ])
 def test_logprobs_refuse_what_they_would_misread(change, message):
     for function in (token_logprobs, lambda *x: token_loss(*x, lambda logprob, entropy, rows: logprob.sum())):
@@ -327,10 +347,27 @@ def test_one_pass_equals_two(dtype, monkeypatch):
     for a, b in ((loss, sum_of(*exact)), (logprob, exact[0]), (entropy, exact[1])):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
     tolerance = 2e-5 if dtype == FULL else 1e-2  # one pass keeps its logits in fp16: 2^-11 of |z|
-    for a, b in zip(torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * sum_of(*exact), exact_leaves), strict=True):
+    gradients, twice = (torch.autograd.grad(2 * loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, gradients, twice))
+    for a, b in zip(gradients, torch.autograd.grad(2 * sum_of(*exact), exact_leaves), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=float(tolerance * b.abs().max()))
-    frozen = token_loss(hidden, weight.clone().requires_grad_(), targets, 0.8, loss_of)[0]
-    assert torch.equal(frozen, loss)
+    for i, leaf in enumerate(leaves):  # the other one is frozen
+        given = [x if x is leaf else x.detach() for x in leaves]
+        again = token_loss(*given, targets, 0.8, loss_of)[0]
+        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(2 * again, leaf)[0], gradients[i])
+    assert not token_loss(hidden, weight, targets, 0.8, loss_of)[0].requires_grad
+
+
+def test_the_default_type_is_not_that_of_the_results():
+    """A program that loads its model in 16 bit sets it; log p and entropy stay fp32, with the same bits."""
+    case = logprob_case(5, 16, 97, HALF)
+    expected = token_logprobs(*case, 1.0)
+    torch.set_default_dtype(HALF)
+    try:
+        found = token_logprobs(*case, 1.0)
+    finally:
+        torch.set_default_dtype(FULL)
+    assert all(map(torch.equal, found, expected)) and found[0].dtype == FULL
 
 
 # --- norms, rotations, SwiGLU ---
@@ -571,6 +608,26 @@ def test_branch_attention_with_extreme_scores(level):
     lower = run(level, 0.0) if level < 0 else run(0.0, level)
     alone = branch_attention(q, k, v, torch.full_like(unseen, -1e30), *indices, own_k, own_v, length)
     torch.testing.assert_close(lower, alone, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(q=torch.ones(3, 3, 16)), "3 query heads can't share 2 key/value heads: H must be a multiple of K"),
+    (dict(q=torch.ones(3, 2, 257)), "head_dim=257 is over 256"),
+    (dict(prefix_k=torch.ones(2, 2, 9, 8)), r"q \(3, 4, 16\) and prefix_k \(2, 2, 9, 8\) need prefix_k \(2, 2, 9, 16\)"),
+    (dict(prefix_v=torch.ones(2, 2, 8, 16)), r"need prefix_v \(2, 2, 9, 16\), not \(2, 2, 8, 16\)"),
+    (dict(unseen=torch.zeros(2, 2, 8)), r"need unseen \(2, 2, 9\), not \(2, 2, 8\)"),
+    (dict(group=torch.zeros(1, 2, dtype=torch.int64)), r"need group \(2, 2\), not \(1, 2\)"),
+    (dict(place=torch.zeros(2, dtype=torch.int64)), r"need place \(3,\), not \(2,\)"),
+    (dict(suffix_k=torch.ones(3, 1, 3, 16)), r"need suffix_k \(3, 2, 3, 16\), not \(3, 1, 3, 16\)"),
+    (dict(suffix_v=torch.ones(3, 2, 2, 16)), r"need suffix_v \(3, 2, 3, 16\), not \(3, 2, 2, 16\)"),
+    (dict(length=torch.ones(4, dtype=torch.int64)), r"need length \(3,\), not \(4,\)"),
+])
+def test_branch_attention_refuses_what_it_would_misread(change, message):
+    """Or it would read past the end of what it was given."""
+    names = ("q", "prefix_k", "prefix_v", "unseen", "group", "place", "suffix_k", "suffix_v", "length")
+    arguments = dict(zip(names, branch_case([[9, 4], [2]], 9, 3, 2, 2, 16, FULL)[0], strict=True))
+    with pytest.raises(ValueError, match=message):
+        branch_attention(**arguments | change)
 
 
 def test_places_without_a_branch_write_nothing():

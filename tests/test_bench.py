@@ -46,11 +46,18 @@ def test_lognormal_lengths(total, median, longest):
 
 
 def test_goals_belong_to_shapes():
-    """A goal is for one head dim and length; the pack has none in TFLOP/s."""
-    make = lambda lengths: bench.attention_case("", lengths, 1, 1, 64, "cpu", torch.float32)
-    assert make((1024,)).goal(bench.FORWARD) == (270, 310) and make((1024,)).goal(bench.BOTH) is None
-    assert make((1024, 7)).goal(bench.FORWARD) is None and make((5,)).goal(bench.FORWARD) is None
-    assert bench.logprob_case(2, 4, 8, "cpu", torch.float32).goal(bench.BOTH) == (500, 600)
+    """One in TFLOP/s is for one head dim and length; a pack's is the speed of its peers, and decoding's a share of a copy's."""
+    goals = lambda *lengths, D=64: bench.attention_case("", lengths, 1, 1, D, "cpu", torch.float32).goals
+    assert goals(1024)[bench.FORWARD] == {"tflops": (270, 310), bench.FLASH: (1.25,), bench.CUDNN: (0.95,)}
+    assert goals(4096, D=128)[bench.BACKWARD] == {"tflops": (230, 280), bench.FLASH: (0.9,)} and bench.BOTH not in goals(1024)
+    assert set(goals(1024, 7)[bench.BACKWARD]) == {bench.FLASH, bench.CUDNN, bench.EFFICIENT, bench.FLEX}
+    assert "tflops" not in goals(5)[bench.FORWARD] and bench.CUDNN not in goals(5, D=128)[bench.FORWARD]
+    goals = bench.logprob_case(2, 4, 8, "cpu", torch.float32).goals
+    assert goals[bench.BOTH] == {"tflops": (500, 600), "error": (1e-3, 2e-4)} and goals[bench.FORWARD]["tflops"] == (480, 600)
+    goals = [bench.decode_case(1, M, 7, 2, 2, 1, 16, "cpu", torch.float32).goals[bench.FORWARD] for M in (3, 16)]
+    assert goals == [{"share": (0.75, 0.88)}, {"share": (0.75, 0.88), bench.UNSHARED: (5, 6.5)}]
+    named = {provider.name for provider in (*bench.ATTENTION, *bench.DECODE)}
+    assert {bench.FLASH, bench.CUDNN, bench.EFFICIENT, bench.FLEX, bench.UNSHARED} <= named
 
 
 def test_every_provider_of_a_case_gives_the_same_gradients():
@@ -68,20 +75,19 @@ def test_every_provider_of_a_case_gives_the_same_gradients():
 def test_every_way_of_decoding_gives_the_same():
     """And the bytes are those of a cache in which nothing lies twice."""
     case = bench.decode_case(2, 3, 7, 2, 2, 1, 16, "cpu", torch.float32)
-    assert case.bytes == {bench.FORWARD: 2 * 4 * 16 * (2 * 7 + 6 * 2)} and case.goal(bench.FORWARD) is None
+    assert case.bytes == {bench.FORWARD: 2 * 4 * 16 * (2 * 7 + 6 * 2)}
     results = [provider.prepare(case).forward().flatten() for provider in bench.DECODE]
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-5, rtol=1e-5)
 
 
 def test_bytes_of_norms_rotations_and_swiglu():
-    """Five rows of 16 numbers: fp32 in and bf16 out, and a weight; else two bytes a number, and the angles; no goal."""
+    """Five rows of 16 numbers: fp32 in and bf16 out, and a weight; else two bytes a number, and the angles."""
     make = lambda name, *width: bench.elementwise_case(name, 5, width, "cpu", torch.bfloat16)
     norm, turn, gate = make("rms_norm", 16), make("rotate", 2, 16), make("swiglu", 16)
     assert norm.bytes == {bench.FORWARD: 80 * (4 + 2) + 64, bench.BACKWARD: 80 * (4 + 2 + 4) + 2 * 64}
     assert turn.bytes == {phase: 160 * (2 + 2) + 5 * 16 * 4 for phase in (bench.FORWARD, bench.BACKWARD)}
     assert gate.bytes == {bench.FORWARD: 80 * 2 * 3, bench.BACKWARD: 80 * 2 * 5}
-    assert all(case.goal(bench.FORWARD) is None for case in (norm, turn, gate))
     for case in (norm, turn, gate):
         rows = bench.bench(case, bench.ELEMENTWISE[:2], "cpu", 1, 1)
         assert [(row["provider"], row["pass"]) for row in rows] == [
@@ -114,20 +120,27 @@ def test_a_failing_provider_is_a_row_with_its_reason():
 
 
 def test_ratio_is_against_the_best_peer():
-    """And the share of the matmul rate counts what was computed: at 4 TFLOP/s half of 8, whatever the task needed."""
-    row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "flops": (ms or 0) * 4e9}
-    rows = [row("nanomrt", 2.0), row("nanomrt, one pass", 1.0), row("a", 3.0), row("b", 4.0), row("c", None)]
-    rows[1]["gbs"] = 4.0
+    """And, for ours, against those that are named. The share of the matmul rate counts what was computed: at 4 TFLOP/s half of
+    8, whatever the task needed; the floor counts the task, or its bytes at the rate of a copy."""
+    row = lambda provider, ms: {"case": "c", "pass": "forward", "provider": provider, "ms": ms, "flops": (ms or 0) * 4e9,
+                                "task_flops": 4e9, "bytes": None, "goals": {"b": (1.0,)} if provider == bench.OURS else {}}
+    rows = [row(bench.OURS, 2.0), row("nanomrt, one pass", 1.0), row("a", 3.0), row("b", 4.0), row(bench.FLASH, 6.0),
+            row(bench.CUDNN, None)]
+    rows[1] |= {"gbs": 4.0, "bytes": 4e6}
     bench.compare(rows, 8.0, 16.0)
-    assert [x.get("ratio") for x in rows] == [1.5, 3.0, 1.0, 0.75, None]
-    assert [x.get("share") for x in rows] == [0.5, 0.25, 0.5, 0.5, None]
+    assert [x.get("ratio") for x in rows] == [1.5, 3.0, 1.0, 0.75, 0.5, None]
+    assert [x.get("share") for x in rows] == [0.5, 0.25, 0.5, 0.5, 0.5, None]
+    assert [x.get("floor_ms") for x in rows] == [0.5, 0.25, 0.5, 0.5, 0.5, None]
+    assert [x.get("against") for x in rows] == [{"b": 2.0, bench.FLASH: 3.0}, {bench.FLASH: 6.0}, None, None, None, None]
+    assert "| b 2.00 (goal 1.00), SDPA FLASH 3.00 |" in bench.table(rows)
 
 
 def test_memory_that_runs_out_while_measuring_drops_one_provider():
     def fails(_):
         raise torch.OutOfMemoryError
 
-    assert bench.measure([(lambda: 1, fails), (lambda: 1, lambda x: x)], "cpu", 1, 3)[0] is None
+    failed, measured = bench.measure([(lambda: 1, fails), (lambda: 1, lambda x: x)], "cpu", 1, 3)
+    assert failed == [] and len(measured) == 3
 
 
 @pytest.mark.parametrize("only", [None, "attention", "logprob", "decode", "elementwise"])
@@ -141,7 +154,7 @@ def test_dry_run(only, tmp_path, capsys):
     assert saved["versions"]["torch"] == torch.__version__
     for rows in saved["rows"].values():
         mine = [row for row in rows if row["provider"] == "nanomrt"]
-        assert mine and all(row["ms"] > 0 and row["share"] > 0 for row in mine)
+        assert mine and all(row["ms"] > 0 and row["share"] > 0 and row["floor_ms"] > 0 and row["repeats"] == 1 for row in mine)
     shown = capsys.readouterr().out
     assert "| nanomrt" in shown and ("### attention" in shown) == (only in (None, "attention"))
     assert ("GB/s" in shown.partition("### ")[2]) == (only in (None, "decode", "elementwise"))

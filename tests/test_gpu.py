@@ -261,6 +261,15 @@ def test_logprobs_against_float64(N, C, V, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("V", [97, 129920, 151936])
+def test_probabilities_over_the_vocabulary_sum_to_one(V, dtype):
+    """A row for every token: no tile of a real vocabulary is left out or counted twice."""
+    hidden, weight, _ = vocabulary(1, 64, V, dtype)
+    logprob, _ = kernels.fused_token_logprobs(hidden.expand(V, -1), weight, torch.arange(V, device=DEVICE), 0.7)
+    assert abs(logprob.double().exp().sum() - 1) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 16), (3, 1, 10), (300, 3, 128), (129, 2, 80), (70, 1, 1536), (5000, 1, 256)], ids=str)
 def test_elementwise_against_float64(shape, dtype):
     """Each op by itself, result and gradients; the residual stream is fp32, as in the model."""
@@ -394,11 +403,11 @@ def test_nan_neighbours_reach_nothing(lengths):
         assert same_bits((a[: middle.start], a[middle.stop :]), (b[: middle.start], b[middle.stop :]))
 
 
-@pytest.mark.parametrize("lengths", [(1, 17, 127), (64,), (0,)])
-def test_nan_behind_the_last_sequence_reaches_nothing(lengths):
+@pytest.mark.parametrize("lengths, N", [((1, 17, 127), 154), ((64,), 73), ((0,), 9), ((200,), 600)])
+def test_nan_behind_the_last_sequence_reaches_nothing(lengths, N):
     """Tokens of no sequence have zeros for results and gradients, whatever they held and memory held, and change no bit."""
-    own, more = sum(lengths), 9
-    *inputs, upstream = pack((own + more,))
+    own = sum(lengths)
+    *inputs, upstream = pack((N,))
     clean = with_gradients(lambda *x: attend(*x, lengths), [x[:own] for x in inputs], upstream[:own])
     for x in (*inputs, upstream):
         x[own:] = torch.nan
