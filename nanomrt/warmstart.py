@@ -102,10 +102,11 @@ def learn(model: Llama, rows: Sequence[list[int]], weights: Sequence[list[float]
     return loss.detach()
 
 
-PRETRAINED = ("config.json", "model.safetensors", "tokenizer.json")
+PRETRAINED = ("config.json", "model.safetensors", "tokenizer.json")  # the files of a model that are read
 # Besides trace_* and warm_*: what the data, the network and its training depend on.
 SHAPING_KEYS = ("task", "seed", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "qk_norm", "max_position_embeddings", "grad_clip")
+
 
 def gates(model: Llama, task: Task, config: RunConfig) -> dict[str, tuple[float, float]]:
     """(measured, required) of each gate, on the model's own rollouts of validation problems."""
