@@ -274,8 +274,8 @@ class Slots:
         """
         finished = rows.finished[self.row]  # (n,)
         count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
-        if 8 * count < n:
-            return False  # moving rows costs more than an idle eighth
+        if count == 0 or count * (32 if len(self.waiting) else 8) < n:
+            return False  # moving rows costs more than an idle eighth, and letting others begin more than a few idle slots
         left = finished.nonzero().squeeze(1)
         if self.contexts is not None:
             self._keep(left)

@@ -398,6 +398,19 @@ def test_prefixes_are_read_where_they_are_until_half_are_of_no_use(model):
     assert left == [6, 6, 3, 3, 1]
 
 
+def test_a_row_that_waits_gets_the_first_slot_that_is_free(model):
+    """Of 24: one that has finished is replaced. When nobody waits, slots are closed once an eighth of them is idle."""
+    prefix = prefill(model, [[1, 2, 3, 4]])
+    branches = Branches.of([0] * 26, [4] * 26, [[5]] * 26, "cpu")
+    slots, rows = sampler.Slots(model, prefix, branches, 4, 24, keep=False), sampler.Rows.of(branches, Sampling(3, ()))
+    turned = []
+    for r in range(5):
+        rows.finished[r] = True
+        turned.append((slots.turn_over(rows), len(slots.row), len(slots.waiting)))
+    assert turned == [(True, 24, 1), (True, 24, 0), (False, 24, 0), (False, 24, 0), (True, 21, 0)]
+    assert sorted(slots.row.tolist()) == list(range(5, 26))
+
+
 def test_what_would_be_sampled_wrongly_is_refused(model):
     """A branch behind what is cached, as after the token that ended a row; nothing to begin with; less than no budget."""
     prompts, owner, contexts = groups(1)
