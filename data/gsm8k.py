@@ -88,7 +88,10 @@ class GSM8K(Task):
                  "validation": [problem for problem in known if short(problem) and held_out(problem)],
                  "test": [problem for problem in unseen if short(problem)],
                  "ood": [problem for problem in unseen if not short(problem)]}  # longer solutions than any trained on
-        tokenizer = Tokenizer.load(Path(config.warm_from) / "tokenizer.json").with_special(TAGS)
+        vocabulary = Path(config.warm_from) / "tokenizer.json"
+        if not vocabulary.is_file():
+            raise ValueError(f"no file {vocabulary}: name the folder of a pretrained model with --warm_from=…")
+        tokenizer = Tokenizer.load(vocabulary).with_special(TAGS)
         if (back := tokenizer.decode(tokenizer.encode(PROBE)).strip()) != PROBE:
             raise ValueError(f"the tokenizer of {config.warm_from} makes {back!r} of {PROBE!r}, so nothing could be graded: take "
                              "another model")

@@ -27,8 +27,6 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Raises ValueError if there is no such file, or it is no tokenizer."""
-        if not path.is_file():
-            raise ValueError(f"no file {path}: name the folder of a model in Hugging Face's layout")
         try:
             inner = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class

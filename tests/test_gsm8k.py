@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import sample
 import train
 from data import load_task
-from data.gsm8k import GSM8K, Problem, holds, number, read
+from data.gsm8k import ANSWER_TOKENS, GSM8K, Problem, holds, number, read
 from data.task import SPLITS, TAGS
 from evaluate import distinct
 from nanomrt import checkpoint
@@ -207,6 +207,7 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
         assert len(task.episode_ends(response)) == len(problem.steps) and set(weights) == {1.0} and len(weights) == len(response)
         assert len(task.prompt(problem)) + len(response) <= config.longest_context
         assert text.split("</think>")[0] == "".join(f"<try>{step}" for step in problem.steps)
+    assert config.longest_context == config.prompt_tokens + config.solution_tokens + 2 * (2 + ANSWER_TOKENS)  # one more is forced
     habits = task.habits([problem], [response], 60)
     assert habits == {"attempts": len(problem.steps), "repeats": 0.0, "arithmetic": 1.0}
     assert task.audit([problem], [response, response[:-1]], [1.0, 0.0]) == {"result": 1.0, "answer": 0.5}
@@ -300,7 +301,7 @@ def copied(pretrained, config, tmp_path) -> RunConfig:
 
 
 @pytest.mark.parametrize("missing, message", [
-    ("tokenizer.json", "no file .*tokenizer.json: name the folder of a model in Hugging Face's layout"),
+    ("tokenizer.json", "no file .*tokenizer.json: name the folder of a pretrained model with --warm_from=…"),
     ("model.safetensors", r"cannot start from .*: .* it has no model.safetensors \(weights in several files.*save_pretrained"),
 ])
 def test_half_a_pretrained_model_is_named(copied, missing, message):
