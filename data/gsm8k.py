@@ -139,7 +139,7 @@ class GSM8K(Task):
         return [*self.tokenizer.encode(problem.question), self.open_thinking]
 
     def show(self, ids: Sequence[int]) -> str:
-        return re.sub(r"\s*(</?\w+>)\s*", r" \1 ", self.tokenizer.decode(ids)).strip()
+        return " ".join(re.sub(r"(</?\w+>)", r" \1 ", self.tokenizer.decode(ids)).split())
 
     def warm_trace(self, problem: Problem, rng: random.Random) -> tuple[list[int], list[float]]:
         """The solution as it stands, every token with weight 1; nothing is random."""

@@ -213,6 +213,12 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
     assert task.audit([problem], [response, response[:-1]], [1.0, 0.0]) == {"result": 1.0, "answer": 0.5}
 
 
+def test_a_trace_for_the_eye(task):
+    problem = task.parse("How many?  #### 7")
+    ids = [*task.prompt(problem), *task.warm_trace(replace(problem, steps=("3 + 4 = 7",)), random.Random(0))[0]]
+    assert task.show(ids) == "How many? <think> <try> 3 + 4 = 7 </think> <answer> 7 </answer>"
+
+
 def test_a_repeated_step_is_counted(task):
     one, two = ([task.open_episode, *task.tokenizer.encode(text)] for text in ("2 + 2 = 4", "so it is 4"))
     again = [task.go_back, *one[1:]]  # another tag, the same words
