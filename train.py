@@ -38,7 +38,7 @@ from nanomrt.mrt import (
 )
 from nanomrt.rollout import examples
 from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
-from nanomrt.warmstart import cached_warm_start
+from nanomrt.warmstart import cached_warm_start, check_context
 
 
 def main(argv: list[str]) -> int:
@@ -111,9 +111,7 @@ def starting_policy(folder: Path, task: Task, config: RunConfig, device: str) ->
         raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: " +
                         ("init_from takes a checkpoint of nanomrt; for a pretrained model there is warm_from" if config.warm_from
                          else "set the task's keys (max_value above all) as they were when it was trained"))
-    if (most := model.config.max_position_embeddings) < config.longest_context:
-        raise UserError(f"{folder} has a context of {most} tokens, but prompt + budget + answer can take "
-                        f"{config.longest_context}: lower thinking_budget, eval_budget or trace_max_attempts")
+    check_context(model, folder, config)
     return model
 
 

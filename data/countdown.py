@@ -26,7 +26,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import permutations, product
 
-from data.task import SPLITS, TAGS, Task, last_answer
+from data.task import TAGS, Task, last_answer
 from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
@@ -156,10 +156,7 @@ class Countdown(Task):
             raise ValueError(f"need number_max <= target_max <= max_value, not number_max={config.number_max}, "
                              f"target_max={config.target_max}, max_value={config.max_value}")
         words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, config.max_value + 1)))
-        super().__init__(config, Tokenizer.from_words(words, ("<unk>", "<pad>", *TAGS)),
-                         attempt_tokens=3 * config.used,  # <try>, the first number, (op, number, result) per other one, the check
-                         answer_tokens=4 * config.used - 4,  # numbers, the operators and brackets between them, </answer>
-                         trace_tokens=3 * config.used * config.trace_max_attempts)
+        super().__init__(config, Tokenizer.from_words(words, ("<unk>", "<pad>", *TAGS)))
 
     # --- Problems ---
 
@@ -176,11 +173,8 @@ class Countdown(Task):
         bucket = hashlib.sha256(repr(problem.key).encode()).digest()[0]  # 0..255, the same on every machine
         return "test" if bucket < 26 else "validation" if bucket < 52 else "train"
 
-    def draws(self, split: str, seed: int | str) -> Iterator[Problem]:
-        """Problems of `split` without an end. Raises ValueError with the fix if it has none."""
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-        config, rng, missed = self.config, random.Random(f"{seed}/{split}"), 0
+    def drawn(self, split: str, rng: random.Random) -> Iterator[Problem]:
+        config, missed = self.config, 0
         while True:
             numbers = tuple(rng.sample(range(1, config.number_max + 1), config.numbers))
             targets = sorted(solve(tuple(sorted(numbers)), config.used, config.operators, config.max_value))

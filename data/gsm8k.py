@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from data.task import SPLITS, TAGS, Task, last_answer
+from data.task import TAGS, Task, last_answer
 from nanomrt.config import RunConfig
 from nanomrt.tokenizer import Tokenizer
 
 SOURCE = "https://github.com/openai/grade-school-math/tree/master/grade_school_math/data"
 PROBE = "It has 14 x 2 = $28.50."  # what a vocabulary must be able to say
-ANSWER_TOKENS = 12  # the longest answer: a number of eleven digits, a token each, and </answer>
 NUMBER = r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d{1,20})(?:\.\d{1,20})?"
 EQUATION = re.compile(rf"(?:{NUMBER} ?[-+*/x] ?)*{NUMBER} ?= ?{NUMBER}", re.ASCII)
 OF_TWO = re.compile(rf"({NUMBER}) ?([-+*/x]) ?({NUMBER}) ?= ?({NUMBER})", re.ASCII)
@@ -95,7 +94,7 @@ class GSM8K(Task):
         if (back := tokenizer.decode(tokenizer.encode(PROBE)).strip()) != PROBE:
             raise ValueError(f"the tokenizer of {config.warm_from} makes {back!r} of {PROBE!r}, so nothing could be graded: take "
                              "another model")
-        super().__init__(config, tokenizer, config.step_tokens, ANSWER_TOKENS, config.solution_tokens)
+        super().__init__(config, tokenizer)
         self.pools = {split: [problem for problem, fits in zip(pool, self.fits(pool)) if fits] for split, pool in pools.items()}
 
     # --- Problems ---
@@ -110,14 +109,11 @@ class GSM8K(Task):
         for problem, question, answer in zip(problems, questions, answers):
             step = [1 + next(steps) for _ in problem.steps]  # 1: <try>
             fits.append(question < config.prompt_tokens and max(step, default=0) <= config.step_tokens and
-                        sum(step) <= config.solution_tokens and answer < ANSWER_TOKENS)
+                        sum(step) <= config.solution_tokens and answer < self.answer_tokens)
         return fits
 
-    def draws(self, split: str, seed: int | str) -> Iterator[Problem]:
-        """Problems of `split` without an end. Raises ValueError with the fix if it has none."""
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-        pool, rng = self.pools[split], random.Random(f"{seed}/{split}")
+    def drawn(self, split: str, rng: random.Random) -> Iterator[Problem]:
+        pool = self.pools[split]
         if not pool:
             raise ValueError(f"no {split} problem of {self.config.data_dir} keeps within the limits: raise prompt_tokens, "
                              "step_tokens or solution_tokens, or change ood_min_steps")

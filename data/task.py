@@ -32,25 +32,28 @@ class Task(ABC):
 
     GATE_ADVICE: dict[str, str]  # by the name of a gate: what to do if a policy doesn't pass it
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, attempt_tokens: int, answer_tokens: int, trace_tokens: int):
-        """Token counts: of the longest episode, its tag included; of the longest answer, with `</answer>`; and of the longest
-        thinking that the warm start shows."""
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.attempt_tokens, self.answer_tokens, self.trace_tokens = attempt_tokens, answer_tokens, trace_tokens
+        _, self.attempt_tokens, self.answer_tokens, self.trace_tokens = config.token_counts
         self.open_thinking, self.close_thinking, self.open_answer, self.close_answer, self.open_episode, self.go_back = (
             map(tokenizer.id, TAGS))
         self.forced_stop = [self.close_thinking, self.open_answer]  # "time is up, answer now"
 
     # --- Problems ---
 
-    @abstractmethod
-    def draws(self, split: str, seed: int | str) -> Iterator[Any]:
-        """Problems of one of SPLITS without an end, with repetition, a function of (seed, split) alone. No problem is in two
-        splits. Raises ValueError with the fix if there are none."""
-
     def problems(self, split: str, count: int, seed: int | str) -> list[Any]:
-        """The first `count` draws."""
+        """`count` problems of one of SPLITS, with repetition, a function of (seed, split) alone."""
         return list(islice(self.draws(split, seed), count))
+
+    def draws(self, split: str, seed: int | str) -> Iterator[Any]:
+        """The same without an end, one by one."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        return self.drawn(split, random.Random(f"{seed}/{split}"))
+
+    @abstractmethod
+    def drawn(self, split: str, rng: random.Random) -> Iterator[Any]:
+        """Problems of a split without an end; none is in two splits. Raises ValueError with the fix if there are none."""
 
     @abstractmethod
     def parse(self, text: str) -> Any:

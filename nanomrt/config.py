@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanomrt.files import replace_text
 
@@ -50,6 +50,15 @@ class UserError(Exception):
 def key(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
     """A field with its meaning and the range that its value must lie in, both ends included."""
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+
+
+class TokenCounts(NamedTuple):
+    """The most tokens that each text of a task takes."""
+
+    prompt: int  # <think> included
+    attempt: int  # an episode, its tag included
+    answer: int  # </answer> included, the tags before it not
+    trace: int  # all episodes that a warm start shows
 
 
 @dataclass(frozen=True)
@@ -175,8 +184,7 @@ class RunConfig:
              f"minibatches={self.minibatches}"),
             (self.longest_context <= self.max_position_embeddings,
              f"prompt + budget + answer can take {self.longest_context} tokens, more than max_position_embeddings="
-             f"{self.max_position_embeddings}: raise it, or lower thinking_budget, eval_budget or "
-             f"{'trace_max_attempts' if self.task == 'countdown' else 'solution_tokens'}"),
+             f"{self.max_position_embeddings}: raise it, or {self.shorten}"),
             (not self.warm_from or self.task != "countdown",
              "warm_from brings a vocabulary of its own, and Countdown has one token per number: leave it empty, or task=gsm8k"),
             (self.warm_from or self.task != "gsm8k",
@@ -209,16 +217,26 @@ class RunConfig:
     @property
     def longest_context(self) -> int:
         """Tokens that a context can come to: prompt, thinking and answer."""
-        if self.task == "countdown":
-            prompt, trace = self.numbers + 4, 3 * self.used * self.trace_max_attempts
-            answer = 4 * self.used - 2  # numbers, operators, brackets and the tags around them
-        else:
-            prompt, trace = self.prompt_tokens, self.solution_tokens
-            answer = 14  # ANSWER_TOKENS of data/gsm8k.py, and two tags
+        counts = self.token_counts
         twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
-        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, trace)
+        thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, counts.trace)
+        answer = 2 + counts.answer  # </think> <answer> …
         # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
-        return prompt + thinking + answer * (2 + twice)
+        return counts.prompt + thinking + answer * (2 + twice)
+
+    @property
+    def shorten(self) -> str:
+        """What to do about a context that is too long."""
+        longest_trace = {"countdown": "trace_max_attempts", "gsm8k": "solution_tokens"}[self.task]
+        return f"lower thinking_budget, eval_budget or {longest_trace}"
+
+    @property
+    def token_counts(self) -> TokenCounts:
+        if self.task == "gsm8k":
+            return TokenCounts(self.prompt_tokens, self.step_tokens, 12, self.solution_tokens)  # 12: eleven digits
+        attempt = 3 * self.used  # <try>, the first number, (op, number, result) for each other one, the check
+        answer = 4 * self.used - 4  # numbers, the operators and brackets between them
+        return TokenCounts(self.numbers + 4, attempt, answer, attempt * self.trace_max_attempts)
 
 
 KEYS = {f.name: f for f in fields(RunConfig)}

@@ -186,7 +186,7 @@ def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -
     """
     advantage = group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row]  # (N,)
     if config.repeat_penalty:
-        advantage = advantage - config.repeat_penalty * repeated(batch, n=3 * config.used)
+        advantage = advantage - config.repeat_penalty * repeated(batch, n=config.token_counts.attempt)
     return advantage * batch.is_action
 
 

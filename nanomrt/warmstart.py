@@ -145,10 +145,15 @@ def untrained(task: Task, config: RunConfig) -> Llama:
         raise UserError(f"cannot start from {folder}: {error}") from None
     if model.config.vocab_size < known:
         raise UserError(f"{folder}: its tokenizer has {known} tokens, its model {model.config.vocab_size}: take another model")
+    check_context(model, folder, config)
+    return with_vocabulary(model, known, len(task.tokenizer))
+
+
+def check_context(model: Llama, folder: Path, config: RunConfig) -> None:
+    """Raises UserError if what a run feeds may be longer than the context of its model, which is from `folder`."""
     if (most := model.config.max_position_embeddings) < config.longest_context:
         raise UserError(f"{folder} has a context of {most} tokens, but prompt + budget + answer can take "
-                        f"{config.longest_context}: lower thinking_budget, eval_budget or solution_tokens")
-    return with_vocabulary(model, known, len(task.tokenizer))
+                        f"{config.longest_context}: {config.shorten}")
 
 
 def with_vocabulary(model: Llama, known: int, size: int) -> Llama:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.countdown import MAX_ANSWER_CHARS, SPLITS, Chain, Countdown, Problem, evaluate, last_answer, solve
+from data.countdown import MAX_ANSWER_CHARS, Chain, Countdown, Problem, evaluate, solve
+from data.task import SPLITS, last_answer
 from nanomrt.config import RunConfig
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_mrt import J_TABLE, REWARD, SEQUENCES, close, make_batch, make_episodes, prefix_index, sequence_logprobs
 
 from nanomrt import methods
-from nanomrt.config import READ_BY
+from nanomrt.config import READ_BY, TokenCounts
 from nanomrt.methods import METHODS, Gathered, after_an_attempt, prefix_form
 from nanomrt.mrt import (
     Batch,
@@ -43,9 +43,13 @@ CREDITS = [outcome_credit, short_outcome_credit, progress_credit, prefix_bonus_c
            imitation_credit, plain_credit]
 
 
+ATTEMPTS_OF_3, ATTEMPTS_OF_9 = (TokenCounts(prompt=0, attempt=n, answer=0, trace=0) for n in (3, 9))
+
+
 def options(**changed) -> SimpleNamespace:
     return SimpleNamespace(**dict(alpha=1.0, gamma=0.0, J_discount=1.0, advantage_norm="mean", progress_norm="none",
-                                  length_penalty=0.5, thinking_budget=10, repeat_penalty=0.0, used=3) | changed)
+                                  length_penalty=0.5, thinking_budget=10, repeat_penalty=0.0,
+                                  token_counts=ATTEMPTS_OF_9) | changed)
 
 
 def per_row(batch: Batch, credit: torch.Tensor) -> list[list[float]]:
@@ -89,7 +93,7 @@ def test_a_price_on_repetition_is_paid_where_it_happens():
     batch, episodes = example()
     again = Batch(torch.tensor([9, 1, 2, 3, 1, 2, 3, 8, 9, 1, 2, 3, 8]), *[getattr(batch, name) for name in (
         "lengths", "is_action", "logprob", "reward", "prompt_id", "finished")])
-    without, price = options(), options(repeat_penalty=0.25, used=1)
+    without, price = options(), options(repeat_penalty=0.25, token_counts=ATTEMPTS_OF_3)
     for credit in (outcome_credit, progress_credit):
         paid = credit(again, episodes, without) - credit(again, episodes, price)
         assert per_row(batch, paid) == [[0, 0, 0, 0.25, 0.25, 0.25, 0], [0, 0, 0, 0]]
@@ -285,7 +289,8 @@ def test_the_methods_that_are_said_to_read_a_key_are_those_whose_credit_heeds_it
     heeding = set()
     for name, method in METHODS.items():
         episodes = one if method.gather in (prefix_form, after_an_attempt) else whole
-        plain, other = (method.credit(batch, episodes, options(used=1, **keys)) for keys in ({}, {key: OTHER[key]}))
+        plain, other = (method.credit(batch, episodes, options(token_counts=ATTEMPTS_OF_3, **keys))
+                        for keys in ({}, {key: OTHER[key]}))
         if not torch.equal(plain, other):
             heeding.add(name)
     assert heeding == set(READ_BY[key])

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import sample
 import train
 from data import load_task
-from data.gsm8k import ANSWER_TOKENS, GSM8K, Problem, holds, number, read
+from data.gsm8k import GSM8K, Problem, holds, number, read
 from data.task import SPLITS, TAGS
 from evaluate import distinct
 from nanomrt import checkpoint
@@ -27,6 +27,8 @@ from nanomrt.config import RunConfig, UserError, load_config, refuse_unread
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.report import read_jsonl
 from nanomrt.tokenizer import Tokenizer
+from nanomrt.verifier import Verifier
+from nanomrt.verifier import train as train_verifier
 from nanomrt.warmstart import untrained, warm_folder, warm_optimizers, warm_start, with_vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -207,7 +209,8 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
         assert len(task.episode_ends(response)) == len(problem.steps) and set(weights) == {1.0} and len(weights) == len(response)
         assert len(task.prompt(problem)) + len(response) <= config.longest_context
         assert text.split("</think>")[0] == "".join(f"<try>{step}" for step in problem.steps)
-    assert config.longest_context == config.prompt_tokens + config.solution_tokens + 2 * (2 + ANSWER_TOKENS)  # one more is forced
+    answer = len(task.forced_stop) + task.answer_tokens
+    assert config.longest_context == config.prompt_tokens + config.solution_tokens + 2 * answer  # one more is forced
     habits = task.habits([problem], [response], 60)
     assert habits == {"attempts": len(problem.steps), "repeats": 0.0, "arithmetic": 1.0}
     assert task.audit([problem], [response, response[:-1]], [1.0, 0.0]) == {"result": 1.0, "answer": 0.5}
@@ -325,13 +328,12 @@ def with_tokenizer(config: RunConfig, change: Callable[[dict], None]) -> None:
 
 def test_a_vocabulary_that_does_not_fit_is_named(copied):
     """One with more tokens than the model knows; one that cannot write what it reads; one whose ids have holes."""
-    with pytest.raises(UserError, match="its tokenizer has .* tokens, its model .*: take another model"):
-        shape = json.loads((Path(copied.warm_from) / "config.json").read_text())
-        few = Llama(replace(checkpoint.from_hf(shape), vocab_size=100)).initialise(torch.Generator().manual_seed(0))
-        shutil.copytree(copied.warm_from, few_in := Path(copied.warm_from).with_name("few"))
-        checkpoint.save(few_in, few, Tokenizer.load(few_in / "tokenizer.json"), {})
-        config = replace(copied, warm_from=str(few_in))
-        untrained(load_task(config), config)
+    folder = Path(copied.warm_from)
+    shape = checkpoint.from_hf(json.loads((folder / "config.json").read_text()))
+    few = Llama(replace(shape, vocab_size=100)).initialise(torch.Generator().manual_seed(0))
+    checkpoint.save(folder, few, Tokenizer.load(folder / "tokenizer.json"), {})
+    with pytest.raises(UserError, match="its tokenizer has .* tokens, its model 100: take another model"):
+        untrained(load_task(copied), copied)
     with_tokenizer(copied, lambda inner: inner["model"]["vocab"].update(far=len(inner["model"]["vocab"]) + 3))
     with pytest.raises(ValueError, match="the ids of this vocabulary have holes, so tokens can't be added: take another model"):
         load_task(copied)
@@ -377,6 +379,19 @@ def test_without_a_rate_for_muon_adamw_trains_everything(config):
     assert isinstance(adamw, torch.optim.AdamW) and len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
     muon, adamw = warm_optimizers(model, config)
     assert sum(len(group["params"]) for some in (muon, adamw) for group in some.param_groups) == len(list(model.parameters()))
+
+
+def test_a_verifier_of_a_pretrained_model_learns_a_hundred_times_slower(pretrained, config):
+    """AdamW's first step moves every weight that has a gradient by its rate, a fifth of the peak."""
+    config = replace(config, warm_from=str(pretrained))
+    task = load_task(config)
+    policy, moved = untrained(task, config), []
+    for other in (config, replace(config, task="countdown", warm_from="")):  # the config of a verifier that was not pretrained
+        verifier = Verifier.of(policy)
+        before = verifier.score.weight.clone()
+        next(train_verifier(verifier, policy, task, other, steps=1))
+        moved.append((verifier.score.weight - before).abs().max().item())
+    assert moved == pytest.approx([2e-6, 2e-4], rel=1e-3)
 
 
 # --- Config ---

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomrt.config import RunConfig, load_config
+from nanomrt.config import RunConfig, TokenCounts, load_config
 from nanomrt.mrt import (
     Batch,
     anytime_credit,
@@ -371,7 +371,7 @@ def test_arguments_are_not_written_to():
     episodes = make_episodes(batch, [[3, 5], [4]], [[0.0, 0.5, 1.0], [0.0, 0.25]])
     before = [x.clone() for x in (*vars(batch).values(), *vars(episodes).values())]
     advantages(batch, episodes, alpha=1.0, gamma=0.5, J_discount=0.9, advantage_norm="mean_std", progress_norm="mean_std",
-               repeat_penalty=0.5, used=1)
+               repeat_penalty=0.5, token_counts=TokenCounts(0, 3, 0, 0))
     token_weights(batch, "sequence", 8, "mask")
     after = [*vars(batch).values(), *vars(episodes).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
