@@ -46,7 +46,7 @@ class Task(ABC):
         return list(islice(self.draws(split, seed), count))
 
     def draws(self, split: str, seed: int | str) -> Iterator[Any]:
-        """The same without an end, one by one."""
+        """The same without an end, one by one. Raises ValueError for a split of another name, or with the fix if it has none."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         return self.drawn(split, random.Random(f"{seed}/{split}"))

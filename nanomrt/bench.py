@@ -235,10 +235,11 @@ def updating(model: Llama, prompts: list[list[int]], owner: list[int]) -> Callab
     config = RunConfig(steps=10**6, thinking_budget=NEW, micro_batch_tokens=at_a_time, learning_rate=1e-9)
     run = SimpleNamespace(config=config, step=0, ledger=Counter(), accept_gradient=lambda norm: True)
     optimizer, device = torch.optim.AdamW(model.parameters(), fused=True), model.device
-    context, group = torch.tensor([prompts[i][:-1] for i in owner], device=device), torch.tensor(owner, device=device)
+    context = torch.tensor([prompts[i][:-1] for i in owner], device=device)  # (R,P-1)
+    group = torch.tensor(owner, device=device)  # (R,)
 
     def update(samples: Samples) -> None:
-        step = torch.arange(samples.tokens.shape[1], device=device)
+        step = torch.arange(samples.tokens.shape[1], device=device)  # (T,)
         there = torch.cat([torch.ones_like(context), step < samples.lengths[:, None]], 1).bool()  # (R,P-1+T)
         tokens, before = torch.cat([context, samples.tokens], 1), torch.zeros_like(context)
         batch = Batch(tokens[there], there.sum(1), torch.cat([before.bool(), samples.is_action], 1)[there],

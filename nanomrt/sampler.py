@@ -235,7 +235,7 @@ class Slots:
                 for whole, cache in zip(wholes, caches):  # layer by layer, or what is gathered would take as much again
                     whole[:, :, : cache.shape[2]] = cache[segment]
         self.longest = self.read = 0  # no suffix is longer; what attention reads of each
-        self.chosen, self.shared = torch.arange(S, device=segment.device), prefix  # the segments that are read, needed or not
+        self.chosen, self.shared = torch.arange(S, device=segment.device), prefix  # (S,) the segments that are read, and they
         self._share()
 
     def reserve(self, tokens: int) -> bool:
@@ -306,13 +306,13 @@ class Slots:
         Segments that nobody needs are left out by copying the others. That pays once they are half of what is read.
         """
         segment, position = self.branches.segment[self.row], self.branches.position[self.row]  # (n,)
-        used = segment.unique()
+        used = segment.unique()  # in order, as `chosen` is
         if 2 * len(used) <= len(self.chosen) or not bool(torch.isin(used, self.chosen).all()):
             self.shared = self.shared_keys = self.shared_values = None  # the last copy makes room for this one
             self.chosen, whole = used, self.prefix
             self.shared = Segments(whole.keys[:, used], whole.values[:, used], whole.positions[used])
-        segment, S = torch.searchsorted(self.chosen, segment), len(self.chosen)
-        size, order = segment.bincount(minlength=S), segment.argsort(stable=True)
+        segment, S = torch.searchsorted(self.chosen, segment), len(self.chosen)  # (n,) where each row's stands among them
+        size, order = segment.bincount(minlength=S), segment.argsort(stable=True)  # (S,), (n,)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[segment[order]]
         M = int(size.max())
@@ -325,7 +325,8 @@ class Slots:
         seen = self.shared.positions[:, None] < limit.view(S, M)[..., None]  # (S,M,L)
         L = max(int((seen.any(0).any(0) * torch.arange(1, seen.shape[2] + 1, device=seen.device)).max()), SHORTEST)
         self.unseen = torch.where(seen[..., :L], 0.0, -1e30)
-        self.shared_keys, self.shared_values = (cache[..., :L, :] for cache in (self.shared.keys, self.shared.values))
+        self.shared_keys, self.shared_values = (  # (layers,S,K,L,D)
+            cache[..., :L, :] for cache in (self.shared.keys, self.shared.values))
 
 
 @dataclass
@@ -397,6 +398,7 @@ def generate(model: Llama, prefix: Segments, branches: Branches, sampling: Sampl
     """Sample every branch until it says a stop or has drawn `max_new_tokens`.
 
     max_rows: how many rows at a time; None is as many as do well and fit in memory. keep: whether samples can be branched again.
+    Raises ValueError for a branch behind its segment's end, a context longer than the model's, and (NoRoom) what doesn't fit.
     """
     cached = (prefix.positions < EMPTY).sum(1)[branches.segment]  # (R,)
     if bool((branches.position > cached).any()):
