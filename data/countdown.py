@@ -246,6 +246,11 @@ class Countdown(Task):
 
     # --- Verdict ---
 
+    def right_answers(self, problem: Problem) -> list[list[int]]:
+        """One for each chain that reaches the target; none if no chain does."""
+        return [[*map(self.tokenizer.id, chain.expression), self.close_answer]
+                for chain in self.chains(problem).get(problem.target, ())]
+
     def grade(self, problem: Problem, text: str) -> float:
         """1.0 if the last complete answer of a response, given as text, outside the thinking reaches the target with the given
         numbers and the operators of the task, else 0.0."""

@@ -142,10 +142,14 @@ class GSM8K(Task):
         ids = []
         for step in self.tokenizer.encode_batch(problem.steps):
             ids += [self.open_episode, *step]
-        ids += [*self.forced_stop, *self.tokenizer.encode(written(problem.answer)), self.close_answer]
+        ids += [*self.forced_stop, *self.right_answers(problem)[0]]
         return ids, [1.0] * len(ids)
 
     # --- Verdict ---
+
+    def right_answers(self, problem: Problem) -> list[list[int]]:
+        """One: the result as the warm start writes it."""
+        return [[*self.tokenizer.encode(written(problem.answer)), self.close_answer]]
 
     def answer(self, response: Sequence[int]) -> str:
         """The last complete answer's number; '' if it is none."""

@@ -95,6 +95,10 @@ class Task(ABC):
         return last_answer(self.tokenizer.decode(response)) or ""
 
     @abstractmethod
+    def right_answers(self, problem: Any) -> list[list[int]]:
+        """The right answers as the warm start writes them: all that follows `<answer>`, `</answer>` included; each once."""
+
+    @abstractmethod
     def grade(self, problem: Any, text: str) -> float:
         """1.0 if a response, given as text, answers rightly, else 0.0. The last complete answer counts; text isn't evaluated."""
 

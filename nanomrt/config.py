@@ -139,7 +139,7 @@ class RunConfig:
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
     length_penalty: float = key(0.5, "share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "whether the forced decision to stop is learned, too")
-    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo", 1)
+    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo; 0: the exact J, none sampled", 0)
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
     progress_norm: str = key("mean_std", "progress: none, std (over its root mean square), mean (centred), mean_std, group_std")
@@ -206,6 +206,8 @@ class RunConfig:
              "leave it at 0"),
             (self.forks == 1 or self.fork_temperature > 0 or self.algorithm == "vineppo",  # its forks go on, at `temperature`
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
+            (self.forks or self.algorithm not in ("vineppo", "mrt_star"),
+             f"forks=0 samples no branch, and algorithm={self.algorithm} needs one: set forks to 1 or more"),
             (self.num_attention_heads % self.num_key_value_heads == 0,
              "num_attention_heads must be a multiple of num_key_value_heads"),
             (self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs"),

@@ -105,7 +105,9 @@ class Forked:
 
 def force_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forks: int,
                   temperature: float, generator: torch.Generator | None) -> Forked:
-    """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict."""
+    """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict; of 0, the exact J."""
+    if forks == 0:
+        return weigh_answers(model, task, rollouts, row, position, temperature)
     sampling = Sampling(task.answer_tokens, (task.close_answer,), temperature)
     return fork(model, task, rollouts, row, position, task.forced_stop, forks, sampling, generator)
 
@@ -139,6 +141,25 @@ def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], posit
     branches = [own[context] for context in contexts]
     J = [sum(verdict for _, verdict in some) / forks for some in branches]
     return Forked(torch.tensor(J, device=model.device), branches, samples.generated)
+
+
+def weigh_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int],
+                  temperature: float) -> Forked:
+    """The J at each (row, position) that ever more forced answers would come to: what all right answers together, as the task
+    writes them, have in probability. None is sampled, so there are no branches; the ledger counts the tokens weighed."""
+    contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
+    J = dict.fromkeys(contexts, 0.0)
+    cases = [(r, context, answer) for context, r in dict(zip(contexts, row)).items()
+             for answer in task.right_answers(rollouts.problems[r])]
+    if cases:
+        rows, asked, answers = zip(*cases)
+        samples = branch(model, rollouts.samples.segments(), rows, asked, [task.forced_stop + answer for answer in answers],
+                         Sampling(0, (), temperature), None, keep=False)
+        logprob = samples.logprobs[:, len(task.forced_stop) :].sum(1)  # (R,) of the answer; what was forced before it is given
+        for context, p in zip(asked, logprob.exp().tolist()):
+            J[context] += p
+    tokens = sum(len(answer) for _, _, answer in cases)
+    return Forked(torch.tensor([J[context] for context in contexts], device=model.device), [], tokens)
 
 
 def boundaries(task: Task, rollouts: Rollouts) -> tuple[list[int], list[int]]:

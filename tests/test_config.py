@@ -175,11 +175,14 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--head_dim=31", "head_dim=31 must be even"),
     ("", "--num_hidden_layers=0", "num_hidden_layers=0 must be at least 1"),
     ("", "--trace_repeat=1.5", r"trace_repeat=1\.5 must lie in 0\.\.1"),
+    ("", "--forks=-1", "forks=-1 must be at least 0"),
     ("", "--fork_temperature=-1", "fork_temperature=-1.0 must be at least 0"),
     ("", "--forks=4 --algorithm=anytime", "set fork_temperature"),
+    ("", "--forks=0", "set fork_temperature"),
+    *[("", f"--forks=0 --fork_temperature=1 --algorithm={name}", "set forks to 1 or more") for name in ("vineppo", "mrt_star")],
     ("", "--weight_decay=-1", "weight_decay=-1.0 must be at least 0"),
     *[("", f"--{name}=0", "must be at least 1") for name in (
-        "steps", "forks", "prompts_per_step", "epochs", "minibatches", "save_every", "sample_every", "warm_batch",
+        "steps", "prompts_per_step", "epochs", "minibatches", "save_every", "sample_every", "warm_batch",
         "eval_problems", "eval_samples")],
     *[("", f"--{name}=nonsense", f"{name}='nonsense' must be one of: {', '.join(CHOICES[name])}") for name in CHOICES],
 ])

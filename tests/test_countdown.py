@@ -572,6 +572,27 @@ def test_backtracking_traces_are_right_in_their_arithmetic(name):
     assert back > 10
 
 
+@pytest.mark.parametrize("numbers, used, operators", [((2, 3, 4), 3, "+-*"), ((2, 3, 3), 2, "+*/"), ((5, 2, 7, 1), 2, "-+")])
+def test_right_answers_are_the_chains_that_grade_right(numbers, used, operators):
+    """By brute force over everything of an answer's form: numbers, operators and brackets as the warm start writes them. Each is
+    there once, and fits the room for an answer."""
+    task = countdown(numbers=len(numbers), used=used, operators=operators, number_max=13)
+    for target in range(1, 30):
+        problem, expected = Problem(numbers, target), set()
+        for chosen in itertools.permutations(numbers, used):
+            for ops in itertools.product(operators, repeat=used - 1):
+                words, running, whole = [str(chosen[0])], Fraction(chosen[0]), True
+                for i, (op, number) in enumerate(zip(ops, chosen[1:])):
+                    words = (["(", *words, ")"] if i else words) + [op, str(number)]
+                    running = {"+": running + number, "-": running - number, "*": running * number, "/": running / number}[op]
+                    whole &= running.denominator == 1 and running >= 1
+                if whole and task.grade(problem, f"</think> <answer> {' '.join(words)} </answer>"):
+                    expected.add(tuple(task.tokenizer.encode(" ".join(words) + " </answer>")))
+        found = task.right_answers(problem)
+        assert len(found) == len(expected) and set(map(tuple, found)) == expected
+        assert all(len(answer) <= task.answer_tokens for answer in found)
+
+
 def test_weights_of_going_back():
     """`<back>`, results and the check 1, the result that `<back>` names, operations and numbers 0.5."""
     seen = set()

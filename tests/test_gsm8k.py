@@ -209,6 +209,7 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
         assert len(task.episode_ends(response)) == len(problem.steps) and set(weights) == {1.0} and len(weights) == len(response)
         assert len(task.prompt(problem)) + len(response) <= config.longest_context
         assert text.split("</think>")[0] == "".join(f"<try>{step}" for step in problem.steps)
+        assert [response[-len(answer) :] for answer in task.right_answers(problem)] == task.right_answers(problem)
     answer = len(task.forced_stop) + task.answer_tokens
     assert config.longest_context == config.prompt_tokens + config.solution_tokens + 2 * answer  # one more is forced
     habits = task.habits([problem], [response], 60)

@@ -891,10 +891,56 @@ def test_several_forks_are_averaged_per_boundary(model, rollouts):
     assert sampled.shape == one.J.shape and not torch.equal(sampled, one.J)
 
 
-def test_no_boundary_costs_nothing(model, rollouts):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_exact_J_is_what_all_right_answers_have_in_probability(model, rollouts, temperature):
+    """Without forks J is the sum over them of the product of their tokens' probabilities, everything from scratch; each context
+    is asked once, and each of its answers' tokens counted."""
+    task, (row, position) = Countdown(RunConfig()), (x[:60] for x in boundaries(Fingerprint(RunConfig()), rollouts))
+    contexts, start = [rollouts.tokens[r][:p] for r, p in zip(row, position)], len(task.forced_stop)
+    forked = force_answers(model, task, rollouts, row, position, 0, temperature, None)
+    weighed = {}
+    for r, context, J in zip(row, contexts, forked.J.tolist(), strict=True):
+        answers = task.right_answers(rollouts.problems[r])
+        tables = logps(model, [[*context, *task.forced_stop, *answer] for answer in answers], temperature)
+        each = [table[len(context) + start - 1 : -1].gather(1, torch.tensor(answer)[:, None]).sum()
+                for table, answer in zip(tables, answers, strict=True)]
+        assert abs(torch.stack(each).logsumexp(0) - torch.tensor(J, dtype=torch.float64).log()) < 1e-3
+        weighed[tuple(context)] = sum(map(len, answers))
+    assert len(weighed) < len(contexts) and forked.generated == sum(weighed.values()) and forked.branches == []
+
+
+class FirstWord(Countdown):
+    """A task that a number right behind `<answer>` solves, if it is a small one."""
+
+    def right_answers(self, problem):
+        return [[self.tokenizer.id(str(number))] for number in range(1, 60)]
+
+    def grade(self, problem, text: str) -> float:
+        return float(text.split()[2] in map(str, range(1, 60)))
+
+
+def test_the_exact_J_is_the_mean_of_many_sampled_ones(model, rollouts):
+    """Within four standard errors of 1000 answers at each of many places."""
+    task, (row, position) = FirstWord(RunConfig()), (x[:12] for x in boundaries(Fingerprint(RunConfig()), rollouts))
+    exact = force_answers(model, task, rollouts, row, position, 0, 1.0, None).J
+    sampled = force_answers(model, task, rollouts, row, position, 1000, 1.0, generator()).J
+    off = (sampled - exact) / (exact * (1 - exact) / 1000).sqrt()
+    assert off.abs().max() < 4 and exact.max() - exact.min() > 0.2
+
+
+@pytest.mark.parametrize("forks", [0, 2])
+def test_no_boundary_costs_nothing(model, rollouts, forks):
     """No place to ask: no J, no token."""
-    nothing = force_answers(model, Fingerprint(RunConfig()), rollouts, [], [], 2, 1.0, generator())
+    nothing = force_answers(model, Fingerprint(RunConfig()), rollouts, [], [], forks, 1.0, generator())
     assert nothing.J.shape == (0,) and nothing.generated == 0
+
+
+def test_a_problem_without_an_answer_has_a_J_of_0(model, rollouts):
+    """The user's own, in sample.py, may have none."""
+    task, (row, position) = Countdown(RunConfig()), boundaries(Fingerprint(RunConfig()), rollouts)
+    impossible = replace(rollouts, problems=[replace(problem, target=1) for problem in rollouts.problems])
+    assert not task.right_answers(impossible.problems[0])
+    assert force_answers(model, task, impossible, row, position, 0, 1.0, None).J.tolist() == [0.0] * len(row)
 
 
 def test_boundaries_enclose_the_episodes(rollouts):
