@@ -276,7 +276,8 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
     draw, R = random_tensors(device, dtype), S * M
     place = torch.arange(R, device=device)
     prefix, suffix = [draw(S, K, L, D) for _ in "kv"], [draw(R, K, t, D) for _ in "kv"]
-    inputs = (draw(R, H, D), *prefix, torch.zeros(S, M, L, device=device), place.view(S, M), place, *suffix,
+    positions, limit = torch.arange(L, device=device).expand(S, L).contiguous(), torch.full((S, M), L, device=device)
+    inputs = (draw(R, H, D), *prefix, positions.int(), limit.int(), place.view(S, M), place, *suffix,
               torch.full((R,), t, device=device))
     flops = {FORWARD: 4 * H * D * R * (L + t)}
     goals = {"share": (0.75, 0.88), **({UNSHARED: (5.0, 6.5)} if M == 16 else {})}
@@ -286,15 +287,15 @@ def decode_case(S: int, M: int, L: int, t: int, H: int, K: int, D: int, device: 
 
 def decode(shared: bool, case: Case) -> Call:
     attend = kernels.fused_branch_attention if fused(case) else reference.branch_attention
-    q, *prefix, unseen, group, place, suffix_k, suffix_v, length = case.inputs
-    if not shared:
-        prefix = [x.repeat_interleave(group.shape[1], 0) for x in prefix]  # (R,K,L,D)
-        unseen, group = unseen.flatten(0, 1)[:, None], group.flatten()[:, None]  # (R,1,L), (R,1)
-    return Call(lambda: attend(q, *prefix, unseen, group, place, suffix_k, suffix_v, length), (), case.upstream)
+    q, *prefix, limit, group, place, suffix_k, suffix_v, length = case.inputs
+    if not shared:  # (R,K,L,D), (R,K,L,D), (R,L), (R,1), (R,1)
+        prefix = [x.repeat_interleave(group.shape[1], 0) for x in prefix]
+        limit, group = limit.flatten()[:, None], group.flatten()[:, None]
+    return Call(lambda: attend(q, *prefix, limit, group, place, suffix_k, suffix_v, length), (), case.upstream)
 
 
 def decode_sdpa(case: Case) -> Call:
-    q, *prefix, _, group, _, suffix_k, suffix_v, _ = case.inputs
+    q, *prefix, _, _, group, _, suffix_k, suffix_v, _ = case.inputs
     join = lambda a, b: torch.cat([a.repeat_interleave(group.shape[1], 0), b], 2)  # (R,K,L+t,D)
     k, v = map(join, prefix, (suffix_k, suffix_v))
     return Call(lambda: F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True), (), case.upstream)
@@ -302,7 +303,7 @@ def decode_sdpa(case: Case) -> Call:
 
 def copies(case: Case) -> int:
     """Bytes of the prefixes, once for every branch and once more while they are joined to its own entries."""
-    return 4 * case.inputs[1].nbytes * case.inputs[4].shape[1]
+    return 4 * case.inputs[1].nbytes * case.inputs[5].shape[1]
 
 
 DECODE = [Provider(OURS, partial(decode, True)), Provider(UNSHARED, partial(decode, False), copies),

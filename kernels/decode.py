@@ -35,13 +35,14 @@ from torch import Tensor
 from kernels.hardware import LOG2E
 
 CHUNK = 512  # entries; fixed, or a row's bits would depend on the batch
+NOWHERE = tl.constexpr(2**30)  # a position that nobody sees
 
 
 # --- Device code ---
 
 
 @triton.jit(do_not_specialize=["M", "L", "R", "first_part"])
-def chunk_kernel(q, k, v, unseen, group, place, length, part_out, part_lse, stride_s, stride_k, stride_l, M, L, R, first_part,
+def chunk_kernel(q, k, v, positions, limits, group, length, part_out, part_lse, stride_s, stride_k, stride_l, M, L, R, first_part,
                  scale, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
                  BR: tl.constexpr, BN: tl.constexpr):
     """(1) and (2) of one chunk of a segment's key/value head, for BR of its (branch, head) pairs."""
@@ -50,22 +51,26 @@ def chunk_kernel(q, k, v, unseen, group, place, length, part_out, part_lse, stri
     branch, head, real = segment * M + pair // G, shared * G + pair % G, pair // G < M
     if group is None:
         row = branch  # a suffix: its segment's only branch
-        L = tl.load(length + segment).to(tl.int32)  # at least 1; a chunk behind it has nothing to read and weight 0
+        end = min(chunk * CHUNK + CHUNK, tl.load(length + segment).to(tl.int32))
     else:
         row = tl.load(group + branch, mask=real, other=0).to(tl.int32)
-        real &= tl.load(place + row) == branch  # a place without a branch names some row, too
+        limit = tl.load(limits + branch, mask=real, other=-1)
+        real &= limit >= 0  # a place without a branch names some row, too
+        positions += segment.to(tl.int64) * L
+        whole = chunk * CHUNK + tl.arange(0, CHUNK)
+        seen_by_any = tl.load(positions + whole, mask=whole < L, other=NOWHERE) < tl.max(limit, 0)
+        end = tl.max(tl.where(seen_by_any, whole + 1, 0), 0)  # what lies behind it is read for nobody
     tile_q = tl.load(q + (row * (K * G) + head)[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     m, l, o = tl.full([BR], -1e30, tl.float32), tl.zeros([BR], tl.float32), tl.zeros([BR, BD], tl.float32)
     first = segment.to(tl.int64) * stride_s + shared.to(tl.int64) * stride_k
-    for n in tl.range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, L), BN):
+    for n in tl.range(chunk * CHUNK, end, BN):
         entry = n + tl.arange(0, BN)
-        where, inside = first + entry[:, None].to(tl.int64) * stride_l + d[None, :], (entry < L)[:, None] & (d < D)[None, :]
+        where, inside = first + entry[:, None].to(tl.int64) * stride_l + d[None, :], (entry < end)[:, None] & (d < D)[None, :]
         tile_k = tl.load(k + where, mask=inside, other=0.0)
-        if unseen is None:
-            seen = (entry < L)[None, :]
+        if group is None:
+            seen = (entry < end)[None, :]
         else:
-            mask = real[:, None] & (entry < L)[None, :]
-            seen = tl.load(unseen + branch[:, None].to(tl.int64) * L + entry[None, :], mask=mask, other=-1e30) == 0.0
+            seen = tl.load(positions + entry, mask=entry < end, other=NOWHERE)[None, :] < limit[:, None]
         s = tl.where(seen, tl.dot(tile_q, tile_k.T, input_precision="ieee") * scale, -1e30)  # (BR,BN)
         m_new = tl.maximum(m, tl.max(s, 1))
         p, shrink = tl.exp2(s - m_new[:, None]), tl.exp2(m - m_new)
@@ -109,14 +114,14 @@ class Tile(NamedTuple):
 def tile_of(q: Tensor, shared: bool) -> Tile:
     """Many rows meet a shared prefix, G rows a suffix. The largest tiles found that spill no register on sm_80, sm_90 and sm_100;
     tests/compiled.py compiles them."""
-    wide = q.shape[2] > 128
     if q.dtype == torch.float32:
-        return Tile(16, 16 if wide else 32, 8, 1)
+        return Tile(16, 16, 8 if shared else 4, 1)
+    wide = q.shape[2] > 128
     return Tile(64, 64, 8, 2) if shared and not wide else Tile(16, 32 if wide else 64, 4, 2)
 
 
-def check(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor, suffix_k: Tensor,
-          suffix_v: Tensor, length: Tensor) -> None:
+def check(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: Tensor, limit: Tensor, group: Tensor, place: Tensor,
+          suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> None:
     """Raises ValueError for what the kernels would misread."""
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     if H % K:
@@ -124,7 +129,8 @@ def check(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: 
     if D > 256:
         raise ValueError(f"head_dim={D} is over 256, the largest that the decoding kernel has tiles for")
     for name, x, shape in (("prefix_k", prefix_k, (S, K, L, D)), ("prefix_v", prefix_v, (S, K, L, D)),
-                           ("unseen", unseen, (S, M, L)), ("group", group, (S, M)), ("place", place, (R,)),
+                           ("positions", positions, (S, L)), ("limit", limit, (S, M)), ("group", group, (S, M)),
+                           ("place", place, (R,)),
                            ("suffix_k", suffix_k, (R, K, t, D)), ("suffix_v", suffix_v, (R, K, t, D)), ("length", length, (R,))):
         if x.shape != shape:
             raise ValueError(f"q {tuple(q.shape)} and prefix_k {tuple(prefix_k.shape)} need {name} {shape}, not {tuple(x.shape)}")
@@ -135,14 +141,14 @@ def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if k.stride() == v.stride() and k.stride(3) == 1 else (k.contiguous(), v.contiguous())
 
 
-def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
-                     suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: Tensor, limit: Tensor, group: Tensor,
+                     place: Tensor, suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
     """One new token per row against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D); no gradient.
 
-    prefix_k, prefix_v (S,K,L,D), unseen (S,M,L) fp32, group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D), length (R,): see
-    `reference`. Raises ValueError for shapes that don't fit and a head dim over 256.
+    prefix_k, prefix_v (S,K,L,D), positions (S,L), limit and group (S,M), place (R,), suffix_k, suffix_v (R,K,t,D), length
+    (R,): see `reference`, which alone reads `place`. Raises ValueError for shapes that don't fit and a head dim over 256.
     """
-    check(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length)
+    check(q, prefix_k, prefix_v, positions, limit, group, place, suffix_k, suffix_v, length)
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     prefix_parts, suffix_parts = triton.cdiv(L, CHUNK), triton.cdiv(t, CHUNK)
     part_out, part_lse = (torch.empty(prefix_parts + suffix_parts, R, H, *size, dtype=torch.float32, device=q.device)
@@ -153,7 +159,7 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     if prefix_parts:
         tile = tile_of(q, shared=True)
         chunk_kernel[S * K, prefix_parts, triton.cdiv(M * H // K, tile.BR)](
-            q, prefix_k, prefix_v, unseen.contiguous(), group.contiguous(), place.contiguous(), None, part_out, part_lse,
+            q, prefix_k, prefix_v, positions.contiguous(), limit.contiguous(), group.contiguous(), None, part_out, part_lse,
             *prefix_k.stride()[:3], M, L, R, 0, **constants, **tile._asdict())
     tile = tile_of(q, shared=False)
     chunk_kernel[R * K, suffix_parts, triton.cdiv(H // K, tile.BR)](

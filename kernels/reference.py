@@ -27,14 +27,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     return F.pad(out, (0, 0, 0, 0, 0, tail)) if tail else out
 
 
-def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor,
-                     suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
+def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: Tensor, limit: Tensor, group: Tensor,
+                     place: Tensor, suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
     """One new token per branch against the prefix it shares and the suffix it owns. q (R,H,D) -> (R,H,D).
 
-    prefix_k, prefix_v (S,K,L,D): cached segments, all of it finite; unseen (S,M,L) fp32: -1e30 where the m-th branch of
-    a segment does not see an entry, else 0; group (S,M): that branch's row (any row where there is none); place (R,): a
-    row's index in the flattened group; suffix_k, suffix_v (R,K,t,D), all of it finite: the branch's own tokens, of which
-    length (R,) >= 1 count, this one included.
+    prefix_k, prefix_v (S,K,L,D): cached segments, all of it finite; positions (S,L) of their entries; limit (S,M): the m-th
+    branch of a segment sees the entries at positions below it (-1 where there is no branch); group (S,M): that branch's
+    row (any row where there is none); place (R,): a row's index in the flattened group; suffix_k, suffix_v (R,K,t,D), all
+    of it finite: the branch's own tokens, of which length (R,) >= 1 count, this one included.
     """
     (R, H, D), (S, K, L, _), M, t = q.shape, prefix_k.shape, group.shape[1], suffix_k.shape[2]
     G, heads = H // K, torch.arange(K, device=q.device)
@@ -43,6 +43,7 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tens
     q = (q * D**-0.5).view(R, K, G, D)
     # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
     together = q.flatten(0, 1).index_select(0, asks).view(S, K, M * G, D)
+    unseen = torch.where(positions[:, None] < limit[..., None], 0.0, -1e30)  # (S,M,L)
     scores = (together @ prefix_k.mT).view(S, K, M, G, L).add_(unseen[:, None, :, None])
     p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
     out = p.view(S, K, M * G, L).to(q.dtype) @ prefix_v  # (S,K,M·G,D)

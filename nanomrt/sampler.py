@@ -262,8 +262,8 @@ class Slots:
         for cache, new in ((keys, k), (values, v)):
             cache.flatten(0, 2).index_copy_(0, place_of_new, new.flatten(0, 1))
         own = (cache[:, :, : self.read] for cache in (keys, values))
-        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.unseen, self.group,
-                                        self.place, *own, length + 1)
+        return kernels.branch_attention(q, self.shared_keys[layer], self.shared_values[layer], self.positions, self.limit,
+                                        self.group, self.place, *own, length + 1)
 
     def turn_over(self, rows: "Rows") -> bool:
         """Finished rows leave. Their slots go to rows that wait; those that stay free are closed by the rows of the last slots.
@@ -320,11 +320,12 @@ class Slots:
         self.group = torch.zeros(S * M, dtype=torch.int64, device=order.device)
         self.group[self.place] = torch.arange(len(order), device=order.device)
         self.group = self.group.view(S, M)  # (S,M) rows of each segment; unused places name row 0
-        limit = torch.zeros_like(self.group.flatten())
-        limit[self.place] = position
-        seen = self.shared.positions[:, None] < limit.view(S, M)[..., None]  # (S,M,L)
-        L = max(int((seen.any(0).any(0) * torch.arange(1, seen.shape[2] + 1, device=seen.device)).max()), SHORTEST)
-        self.unseen = torch.where(seen[..., :L], 0.0, -1e30)
+        self.limit = torch.full((S * M,), -1, dtype=torch.int32, device=order.device)
+        self.limit[self.place] = position.int()
+        self.limit = self.limit.view(S, M)  # (S,M) what each of them sees of it
+        seen = (self.shared.positions < self.limit.amax(1)[:, None]).any(0)  # (L,) by anybody
+        L = max(int((seen * torch.arange(1, len(seen) + 1, device=seen.device)).max()), SHORTEST)
+        self.positions = self.shared.positions[:, :L].int()
         self.shared_keys, self.shared_values = (  # (layers,S,K,L,D)
             cache[..., :L, :] for cache in (self.shared.keys, self.shared.values))
 

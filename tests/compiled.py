@@ -191,8 +191,8 @@ def test_odd_widths(launches, tmp_path):
 
 def decode(rows: int, cached: int, own: int, G: int, D: int, dtype: torch.dtype = HALF) -> None:
     q, prefix, suffix = (zeros(*shape, D, dtype=dtype) for shape in ((rows, 2 * G), (1, 2, cached), (rows, 2, own)))
-    index, unseen = zeros(rows, dtype=torch.int64), zeros(1, rows, cached, dtype=FULL)
-    branch_attention(q, prefix, prefix, unseen, index[None], index, suffix, suffix, index + own)
+    index, positions, limit = (zeros(*shape, dtype=torch.int32) for shape in ((rows,), (1, cached), (1, rows)))
+    branch_attention(q, prefix, prefix, positions, limit, index[None], index, suffix, suffix, index + own)
 
 
 DECODE = [

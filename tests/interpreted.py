@@ -551,24 +551,26 @@ def test_compile_without_a_graph_break():
 
 
 def branch_case(limits: list[list[int]], L: int, t: int, K: int, G: int, D: int, dtype: torch.dtype):
-    """Branches that see the first limits[s][m] of L entries, rows in shuffled order, the first with t tokens of its own, the
-    others with fewer; and what plain attention makes of it."""
+    """Branches that see positions below limits[s][m] of L entries, of which every seventh is empty, rows in shuffled order, the
+    first with t tokens of its own, the others with fewer; and what plain attention makes of it."""
     S, M, R = len(limits), max(map(len, limits)), sum(map(len, limits))
     row = torch.randperm(R, generator=torch.Generator().manual_seed(0)).tolist()
-    group, place, unseen = torch.zeros(S, M, dtype=torch.int64), torch.zeros(R, dtype=torch.int64), torch.full((S, M, L), -1e30)
+    group, place, limit = torch.zeros(S, M, dtype=torch.int64), torch.zeros(R, dtype=torch.int64), torch.full((S, M), -1)
+    empty = torch.arange(L) % 7 == 3
+    positions = ((~empty).cumsum(0) - 1).masked_fill(empty, 2**30).expand(S, L).contiguous()
     q, own = randn(R, K * G, D, dtype=dtype), [randn(R, K, t + 3, D, seed=i, dtype=dtype)[:, :, :t] for i in (1, 2)]
     length = t - torch.arange(R) * 17 % t
     prefix, exact = [randn(S, K, L, D, seed=i, dtype=dtype) for i in (3, 4)], torch.zeros(R, K * G, D, dtype=torch.float64)
     for s, seen in enumerate(limits):
-        prefix[0][s, :, max(seen) :], prefix[1][s, :, max(seen) :] = 100.0, 1e4  # nobody sees these
-        for m, limit in enumerate(seen):
+        hidden = positions[s] >= max(seen)
+        prefix[0][s, :, hidden], prefix[1][s, :, hidden] = 100.0, 1e4  # nobody sees these
+        for m, n in enumerate(seen):
             r = row.pop()
-            group[s, m], place[r] = r, s * M + m
-            unseen[s, m, :limit] = 0.0
-            keys, values = (torch.cat([a[s, :, :limit], b[r, :, : length[r]]], 1).double().repeat_interleave(G, 0)
+            group[s, m], place[r], limit[s, m] = r, s * M + m, n
+            keys, values = (torch.cat([a[s, :, positions[s] < n], b[r, :, : length[r]]], 1).double().repeat_interleave(G, 0)
                             for a, b in zip(prefix, own))
             exact[r] = ((keys @ q[r].double()[:, :, None]).squeeze(-1) / D**0.5).softmax(-1)[:, None].matmul(values).squeeze(1)
-    return (q, *prefix, unseen, group, place, *own, length), exact
+    return (q, *prefix, positions, limit, group, place, *own, length), exact
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"], indirect=True)  # one set of tiles for all devices
@@ -584,15 +586,14 @@ def test_branch_attention_is_attention_over_what_a_row_sees(limits, L, t, K, G, 
 
 
 def test_decoding_takes_views_and_writes_to_none():
-    """Strided indices and masks, queries and caches in other orders: the same bits, twice; inputs stay as they were."""
+    """Strided indices, queries and caches in other orders: the same bits, twice; inputs stay as they were."""
     arguments, _ = branch_case([[20, 5, 7], [9, 13]], 20, 4, 2, 3, 16, HALF)
     before = [x.clone() for x in arguments]
     spread = lambda x: torch.stack([x, x], -1)[..., 0]  # every second element of something larger
     swapped = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # tokens outside of heads
-    q, k, v, unseen, group, place, own_k, own_v, length = arguments
-    views = (spread(q), swapped(k), swapped(v), spread(unseen), spread(group), spread(place), swapped(own_k), swapped(own_v),
-             spread(length))
-    unlike = (q, k, swapped(v), unseen, group, place, spread(own_k), spread(own_v), length)
+    q, k, v, *places, own_k, own_v, length = arguments
+    views = (spread(q), swapped(k), swapped(v), *map(spread, places), swapped(own_k), swapped(own_v), spread(length))
+    unlike = (q, k, swapped(v), *places, spread(own_k), spread(own_v), length)
     expected = branch_attention(*arguments)
     assert all(torch.equal(expected, branch_attention(*x)) for x in (arguments, views, unlike))
     assert all(map(torch.equal, before, arguments))
@@ -601,12 +602,13 @@ def test_decoding_takes_views_and_writes_to_none():
 @pytest.mark.parametrize("level", [-120.0, 80.0])
 def test_branch_attention_with_extreme_scores(level):
     """The same, on both sides of the border between prefix and suffix; and a side whose scores are far lower has no weight."""
-    q, k, v, unseen, *indices, own_k, own_v, length = branch_case([[9, 4], [2]], 9, 3, 1, 2, 16, FULL)[0]
+    q, k, v, positions, limit, *indices, own_k, own_v, length = branch_case([[9, 4], [2]], 9, 3, 1, 2, 16, FULL)[0]
     q = torch.ones_like(q)
-    run = lambda prefix, own: branch_attention(q, k + prefix / 4, v, unseen, *indices, own_k + own / 4, own_v, length)
+    run = lambda prefix, own, limit=limit: branch_attention(q, k + prefix / 4, v, positions, limit, *indices, own_k + own / 4,
+                                                            own_v, length)
     torch.testing.assert_close(run(level, level), run(0.0, 0.0), atol=1e-3, rtol=1e-3)
     lower = run(level, 0.0) if level < 0 else run(0.0, level)
-    alone = branch_attention(q, k, v, torch.full_like(unseen, -1e30), *indices, own_k, own_v, length)
+    alone = run(0.0, 0.0, limit.clamp(max=0))
     torch.testing.assert_close(lower, alone, atol=1e-3, rtol=1e-3)
 
 
@@ -615,7 +617,8 @@ def test_branch_attention_with_extreme_scores(level):
     (dict(q=torch.ones(3, 2, 257)), "head_dim=257 is over 256"),
     (dict(prefix_k=torch.ones(2, 2, 9, 8)), r"q \(3, 4, 16\) and prefix_k \(2, 2, 9, 8\) need prefix_k \(2, 2, 9, 16\)"),
     (dict(prefix_v=torch.ones(2, 2, 8, 16)), r"need prefix_v \(2, 2, 9, 16\), not \(2, 2, 8, 16\)"),
-    (dict(unseen=torch.zeros(2, 2, 8)), r"need unseen \(2, 2, 9\), not \(2, 2, 8\)"),
+    (dict(positions=torch.zeros(2, 8, dtype=torch.int32)), r"need positions \(2, 9\), not \(2, 8\)"),
+    (dict(limit=torch.zeros(1, 2, dtype=torch.int32)), r"need limit \(2, 2\), not \(1, 2\)"),
     (dict(group=torch.zeros(1, 2, dtype=torch.int64)), r"need group \(2, 2\), not \(1, 2\)"),
     (dict(place=torch.zeros(2, dtype=torch.int64)), r"need place \(3,\), not \(2,\)"),
     (dict(suffix_k=torch.ones(3, 1, 3, 16)), r"need suffix_k \(3, 2, 3, 16\), not \(3, 1, 3, 16\)"),
@@ -624,33 +627,45 @@ def test_branch_attention_with_extreme_scores(level):
 ])
 def test_branch_attention_refuses_what_it_would_misread(change, message):
     """Or it would read past the end of what it was given."""
-    names = ("q", "prefix_k", "prefix_v", "unseen", "group", "place", "suffix_k", "suffix_v", "length")
+    names = ("q", "prefix_k", "prefix_v", "positions", "limit", "group", "place", "suffix_k", "suffix_v", "length")
     arguments = dict(zip(names, branch_case([[9, 4], [2]], 9, 3, 2, 2, 16, FULL)[0], strict=True))
     with pytest.raises(ValueError, match=message):
         branch_attention(**arguments | change)
 
 
+def test_what_no_branch_sees_at_the_end_of_a_chunk_is_not_read(monkeypatch):
+    """Not even NaN there reaches a row; and a longer neighbour in another tile or segment makes nobody read further."""
+    monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
+    q, k, v, positions, *rest = arguments = branch_case([[50, 40, 9], [90, 8]], 150, 5, 1, 2, 16, FULL)[0]
+    expected = branch_attention(*arguments)
+    for x in (k, v):
+        x[0, :, 64:], x[1, :, 128:] = torch.nan, torch.nan
+        x[0, :, :64].masked_fill_((positions[0, :64] >= 50).cummin(0).values[:, None], torch.nan)
+    assert torch.equal(branch_attention(*arguments), expected)
+
+
 def test_places_without_a_branch_write_nothing():
-    """Whichever row they name, and whatever they see."""
-    q, k, v, unseen, group, place, *own = arguments = branch_case([[9, 4, 5], [7]], 9, 2, 1, 2, 16, FULL)[0]
+    """Whichever row they name."""
+    q, k, v, positions, limit, group, place, *own = arguments = branch_case([[9, 4, 5], [7]], 9, 2, 1, 2, 16, FULL)[0]
     expected, unused = branch_attention(*arguments), torch.ones(6, dtype=torch.bool)
     unused[place] = False
     unused = unused.view(2, 3)
     for row in range(4):
-        named, seeing = group.masked_fill(unused, row), unseen.masked_fill(unused[..., None], 0.0)
-        assert torch.equal(branch_attention(q, k, v, seeing, named, place, *own), expected)
+        named = group.masked_fill(unused, row)
+        assert torch.equal(branch_attention(q, k, v, positions, limit, named, place, *own), expected)
 
 
 def test_a_branch_does_not_depend_on_its_neighbours(monkeypatch):
     """A row alone gives the bits that it gives among others, whether others make the padded prefix
     or the suffixes longer or not."""
     monkeypatch.setattr(importlib.import_module("kernels.decode"), "CHUNK", 64)
-    (q, k, v, unseen, group, place, own_k, own_v, length), _ = branch_case([[70, 20, 90], [150, 3]], 150, 70, 1, 3, 16, HALF)
-    together = branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
+    arguments, _ = branch_case([[70, 20, 90], [150, 3]], 150, 70, 1, 3, 16, HALF)
+    q, k, v, positions, limit, group, place, own_k, own_v, length = arguments
+    together = branch_attention(*arguments)
     r = int(group[0, 2])
     zero, one = torch.zeros(1, dtype=torch.int64), slice(r, r + 1)
-    t = int(length[r])
-    alone = branch_attention(q[one], k[:1, :, :90], v[:1, :, :90], torch.zeros(1, 1, 90), zero[None], zero,
+    L, t = int((positions[0] < 90).nonzero().max()) + 1, int(length[r])
+    alone = branch_attention(q[one], k[:1, :, :L], v[:1, :, :L], positions[:1, :L], limit[:1, 2:3], zero[None], zero,
                              own_k[one, :, :t], own_v[one, :, :t], length[one])
     assert torch.equal(together[r], alone[0])
 

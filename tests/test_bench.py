@@ -341,10 +341,10 @@ def test_a_step_of_the_roofline_sees_its_contexts(monkeypatch):
     seen, read = [], []
     attend = kernels.branch_attention
 
-    def watched(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length):
-        seen.append((unseen == 0).sum(-1).flatten()[place] + length)
+    def watched(q, prefix_k, prefix_v, positions, limit, group, place, suffix_k, suffix_v, length):
+        seen.append((positions[:, None] < limit[..., None]).sum(-1).flatten()[place] + length)
         read.append(prefix_k.shape[0] * prefix_k.shape[2] + int(length.sum()))
-        return attend(q, prefix_k, prefix_v, unseen, group, place, suffix_k, suffix_v, length)
+        return attend(q, prefix_k, prefix_v, positions, limit, group, place, suffix_k, suffix_v, length)
 
     monkeypatch.setattr(kernels, "branch_attention", watched)
     S, M, L, t, steps = 2, 3, 20, 4, sampler_bench.STEPS

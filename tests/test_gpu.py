@@ -96,12 +96,12 @@ def branches(limits: Sequence[Sequence[int]], L: int, t: int, K: int = 2, G: int
     place = places[torch.randperm(R, generator=torch.Generator().manual_seed(0))].to(DEVICE)  # (R,) rows in any order
     group = torch.zeros(S * M, dtype=torch.int64, device=DEVICE)
     group[place] = torch.arange(R, device=DEVICE)
-    limit = torch.tensor([[*seen, *[0] * (M - len(seen))] for seen in limits], device=DEVICE)  # (S,M)
-    unseen = torch.where(torch.arange(L, device=DEVICE) < limit[..., None], 0.0, -1e30)  # (S,M,L)
+    limit = torch.tensor([[*seen, *[-1] * (M - len(seen))] for seen in limits], dtype=torch.int32, device=DEVICE)  # (S,M)
+    positions = torch.arange(L, dtype=torch.int32, device=DEVICE).expand(S, L).contiguous()
     q, prefix_k, prefix_v, own_k, own_v = (randn(*shape, D, seed=i, dtype=dtype) for i, shape in enumerate(
         ((R, K * G), (S, K, L), (S, K, L), (R, K, t), (R, K, t))))
     length = t - torch.arange(R, device=DEVICE) % t
-    return [q, prefix_k, prefix_v, unseen, group.view(S, M), place, own_k, own_v, length]
+    return [q, prefix_k, prefix_v, positions, limit, group.view(S, M), place, own_k, own_v, length]
 
 
 def norm_turn_gate(x: Tensor, weight: Tensor, gate: Tensor, ops=kernels) -> Tensor:
@@ -186,12 +186,12 @@ def sdpa_of_pack(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Ten
     return torch.cat([sdpa(*part, causal=True) for part in parts], 1).transpose(0, 1)
 
 
-def sdpa_of_branches(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, unseen: Tensor, group: Tensor, place: Tensor, own_k: Tensor,
-                     own_v: Tensor, length: Tensor) -> Tensor:
+def sdpa_of_branches(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: Tensor, limit: Tensor, group: Tensor,
+                     place: Tensor, own_k: Tensor, own_v: Tensor, length: Tensor) -> Tensor:
     """Row by row, over what it sees."""
     rows = []
     for r, (s, m) in enumerate(divmod(at, group.shape[1]) for at in place.tolist()):
-        seen = unseen[s, m] == 0
+        seen = positions[s] < limit[s, m]
         k, v = (torch.cat([a[s][:, seen], b[r][:, : length[r]]], 1) for a, b in ((prefix_k, own_k), (prefix_v, own_v)))
         rows.append(sdpa(q[r][:, None], k, v, causal=False)[:, 0])
     return torch.stack(rows)
@@ -363,13 +363,13 @@ def test_other_tokens_do_not_change_a_token():
 def test_other_branches_do_not_change_a_branch(D):
     """A row alone gives the bits that it gives among 64, wherever it stands, and whether others make its prefix longer or not."""
     limits = [[600, *range(20, 63)], [1100] * 20]
-    q, k, v, unseen, group, place, own_k, own_v, length = branches(limits, 1100, 30, D=D)
-    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
+    arguments = q, k, v, positions, limit, group, place, own_k, own_v, length = branches(limits, 1100, 30, D=D)
+    together = kernels.fused_branch_attention(*arguments)
     zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for m in (0, 1, 43):
         row, seen = group[0, m, None], limits[0][m]
-        alone = kernels.fused_branch_attention(q[row], k[:1, :, :seen], v[:1, :, :seen], unseen[:1, m, None, :seen], zero[None],
-                                               zero, own_k[row], own_v[row], length[row])
+        alone = kernels.fused_branch_attention(q[row], k[:1, :, :seen], v[:1, :, :seen], positions[:1, :seen], limit[:1, m, None],
+                                               zero[None], zero, own_k[row], own_v[row], length[row])
         assert torch.equal(together[row], alone)
 
 
@@ -515,12 +515,12 @@ def test_a_cache_over_2_31_elements():
     """The last segment of the cache and the last row's suffix give what they give alone."""
     need_memory(16)
     S, K, L, D = 2049, 2, 4096, 128
-    q, k, v, unseen, group, place, own_k, own_v, length = branches([[L]] * S, L, 5, K, 2, D)
+    arguments = q, k, v, positions, limit, group, place, own_k, own_v, length = branches([[L]] * S, L, 5, K, 2, D)
     assert k.numel() > 2**31
     row, zero = group[-1], torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    together = kernels.fused_branch_attention(q, k, v, unseen, group, place, own_k, own_v, length)
-    alone = kernels.fused_branch_attention(q[row], k[-1:], v[-1:], unseen[-1:], zero[None], zero, own_k[row], own_v[row],
-                                           length[row])
+    together = kernels.fused_branch_attention(*arguments)
+    alone = kernels.fused_branch_attention(q[row], k[-1:], v[-1:], positions[-1:], limit[-1:], zero[None], zero, own_k[row],
+                                           own_v[row], length[row])
     assert torch.equal(together[row], alone)
 
 

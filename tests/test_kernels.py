@@ -144,20 +144,19 @@ def branch_case(K: int, ratio: int, suffix: int, seed: int, limits: list[list[in
     row = torch.randperm(R, generator=generator).tolist()  # which row the next branch is
     prefix_k, prefix_v = randn(S, K, L, D, seed=seed + 1), randn(S, K, L, D, seed=seed + 2)
     group, place, owner = torch.zeros(S, M, dtype=torch.int64), torch.zeros(R, dtype=torch.int64), {}
-    hidden = torch.full((S, M, L), -1e30)
+    positions, limit = torch.arange(L).expand(S, L), torch.full((S, M), -1)
     for s, branches in enumerate(limits):
         seen_by_any = max(branches, default=0)
         prefix_k[s, :, seen_by_any:], prefix_v[s, :, seen_by_any:] = 1e4, 1e30
-        for m, limit in enumerate(branches):
+        for m, seen in enumerate(branches):
             r = row.pop()
-            group[s, m], place[r], owner[r] = r, s * M + m, (s, limit)
-            hidden[s, m, :limit] = 0.0
+            group[s, m], place[r], owner[r], limit[s, m] = r, s * M + m, (s, seen), seen
     q = randn(R, K * ratio, D, seed=seed + 3)
     own_k, own_v = randn(R, K, suffix + 2, D, seed=seed + 4), randn(R, K, suffix + 2, D, seed=seed + 5)
     length = torch.arange(R) % suffix + 1
     for r, n in enumerate(length.tolist()):
         own_k[r, :, n:], own_v[r, :, n:] = 1e4, 1e30
-    return (q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length), owner
+    return (q, prefix_k, prefix_v, positions, limit, group, place, own_k, own_v, length), owner
 
 
 def slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner) -> Tensor:
@@ -187,7 +186,7 @@ LIMITS = {
 def test_branch_attention_is_attention_over_what_a_branch_sees(name, K, ratio, suffix):
     """Shared prefix and own suffix together equal plain attention over the concatenated visible keys; nothing else leaks in."""
     arguments, owner = branch_case(K, ratio, suffix, 0, LIMITS[name])
-    q, prefix_k, prefix_v, _, _, _, own_k, own_v, length = arguments
+    q, prefix_k, prefix_v, *_, own_k, own_v, length = arguments
     before = checksum(*arguments)
     out = branch_attention(*arguments)
     expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner)
@@ -198,13 +197,13 @@ def test_branch_attention_is_attention_over_what_a_branch_sees(name, K, ratio, s
 def test_unused_places_of_a_group_are_never_read():
     """Places without a branch may name any row and see anything."""
     arguments, owner = branch_case(2, 2, 2, 0, LIMITS["many branches at many positions"])
-    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length = arguments
+    q, prefix_k, prefix_v, positions, limit, group, place, own_k, own_v, length = arguments
     used = torch.zeros(group.numel(), dtype=torch.bool)
     used[place] = True
     assert not used.all()
     other_group = torch.where(used.view_as(group), group, len(q) - 1)
-    other_hidden = torch.where(used.view_as(group)[..., None], hidden, 0.0)
-    out = branch_attention(q, prefix_k, prefix_v, other_hidden, other_group, place, own_k, own_v, length)
+    other_limit = torch.where(used.view_as(group), limit, 9)
+    out = branch_attention(q, prefix_k, prefix_v, positions, other_limit, other_group, place, own_k, own_v, length)
     assert torch.equal(out, branch_attention(*arguments))
 
 
@@ -213,12 +212,12 @@ def test_unused_places_of_a_group_are_never_read():
 def test_branch_attention_with_extreme_scores(level, where):
     """Scores near -120 or +80 on one side or on both: the two softmaxes are joined without overflow or underflow."""
     arguments, owner = branch_case(1, 2, 3, 0, [[9, 4], [2]])
-    q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length = arguments
+    q, prefix_k, prefix_v, *places, own_k, own_v, length = arguments
     q = torch.ones_like(q)
     shift = level / math.sqrt(q.shape[-1])
     prefix_k = prefix_k + shift * (where != "suffix")
     own_k = own_k + shift * (where != "prefix")
-    out = branch_attention(q, prefix_k, prefix_v, hidden, group, place, own_k, own_v, length)
+    out = branch_attention(q, prefix_k, prefix_v, *places, own_k, own_v, length)
     expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner)
     torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=2e-4)
 
