@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         return [row[1:] for row in samples.rows()]
 
     def right(row: list[int]) -> float:
-        return task.grade(problem, task.tokenizer.decode(row))
+        return task.grade(problem, *task.texts([row]))
 
     def J(thinking: list[int], cache: Segments) -> str:
         if not args.progress:

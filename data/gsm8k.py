@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def read(path: Path) -> list[Problem]:
         raise ValueError(f"no file {path}: put GSM8K's train.jsonl and test.jsonl there ({SOURCE}), or name their folder with "
                          "--data_dir=…")
     problems = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(path.open(encoding="utf-8"), 1):
         try:
             row = json.loads(line)
             solution, _, result = row["answer"].rpartition("####")
@@ -70,6 +71,8 @@ def read(path: Path) -> list[Problem]:
         if problem is None or problem.answer is None:
             raise ValueError(f'{path}, line {i}: expected {{"question": "…", "answer": "a step\\n…\\n#### a number"}}')
         problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path} is empty: put GSM8K's there ({SOURCE})")
     return problems
 
 
@@ -81,6 +84,8 @@ class GSM8K(Task):
 
     def __init__(self, config: RunConfig):
         known, unseen = (read(Path(config.data_dir) / name) for name in ("train.jsonl", "test.jsonl"))
+        asked = {problem.key for problem in unseen}
+        known = [problem for problem in known if problem.key not in asked]  # nobody learns what the test asks
         short = lambda problem: len(problem.steps) < config.ood_min_steps
         held_out = lambda problem: hashlib.sha256(problem.question.encode()).digest()[0] < 26  # a tenth, whatever the machine
         pools = {"train": [problem for problem in known if short(problem) and not held_out(problem)],
@@ -188,7 +193,7 @@ class GSM8K(Task):
 
 def written(answer: Fraction) -> str:
     """A result as a policy should write it: '72', '0.5'."""
-    return str(answer) if answer.denominator == 1 else repr(float(answer))
+    return f"{Decimal(answer.numerator) / answer.denominator:f}"
 
 
 def holds(a: str, op: str, b: str, c: str) -> bool:

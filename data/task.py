@@ -46,14 +46,14 @@ class Task(ABC):
         return list(islice(self.draws(split, seed), count))
 
     def draws(self, split: str, seed: int | str) -> Iterator[Any]:
-        """The same without an end, one by one. Raises ValueError for a split of another name, or with the fix if it has none."""
+        """The same as an endless iterator. Raises ValueError for an unknown split; when drawn from, for one without problems."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         return self.drawn(split, random.Random(f"{seed}/{split}"))
 
     @abstractmethod
     def drawn(self, split: str, rng: random.Random) -> Iterator[Any]:
-        """Problems of a split without an end; none is in two splits. Raises ValueError with the fix if there are none."""
+        """Endlessly, problems of one split; no problem is in two. Raises ValueError with the fix if there are none."""
 
     @abstractmethod
     def parse(self, text: str) -> Any:
@@ -90,9 +90,16 @@ class Task(ABC):
 
     # --- Verdict ---
 
+    def texts(self, responses: Sequence[Sequence[int]]) -> list[str]:
+        """Responses as the grader reads them. A tag is one token: who spells one with others, to answer while still thinking, has
+        said nothing, ''."""
+        said, tags = self.tokenizer.decode_batch(responses), set(map(self.tokenizer.id, TAGS))
+        return [text if sum(map(text.count, TAGS)) == sum(token in tags for token in response) else ""
+                for text, response in zip(said, responses)]
+
     def answer(self, response: Sequence[int]) -> str:
         """What a response says in the end, so that equal answers are equal texts; '' if it says nothing."""
-        return last_answer(self.tokenizer.decode(response)) or ""
+        return last_answer(*self.texts([response])) or ""
 
     @abstractmethod
     def right_answers(self, problem: Any) -> list[list[int]]:

@@ -143,6 +143,8 @@ def from_hf(config: dict) -> ModelConfig:
         raise ValueError("a Llama with attention_bias or mlp_bias is not supported: it has a bias on o_proj or in the MLP")
     if config.get("use_sliding_window"):
         raise ValueError("use_sliding_window is not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported: only silu is")
     heads = config["num_attention_heads"]
     return ModelConfig(
         vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],

@@ -31,7 +31,8 @@ CHOICES = {
     "equal_groups": ("keep", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
-READ_BY = {  # keys that the credit of some methods reads, and of no other
+SUPERVISED = ("sft", "star", "mrt_star")  # what they learn from was not sampled as it stands
+READ_BY = {  # keys that training reads with some methods, and with no other
     "alpha": ("mrt_online", "mrt", "mrt_b"),
     "gamma": ("mrt_online",),
     "J_discount": ("mrt_online", "mrt"),
@@ -40,6 +41,9 @@ READ_BY = {  # keys that the credit of some methods reads, and of no other
     "repeat_penalty": ("grpo", "mrt_online", "mrt"),
     "length_penalty": ("length_penalty",),
     "decision_in_loss": ("mrt",),
+    "forks": ("mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime"),
+    "fork_temperature": ("mrt_online", "mrt", "mrt_b", "mrt_star", "anytime"),
+    **dict.fromkeys(("clip_low", "clip_high"), tuple(name for name in ALGORITHMS if name not in SUPERVISED)),
 }
 
 
@@ -139,7 +143,7 @@ class RunConfig:
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
     length_penalty: float = key(0.5, "share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "whether the forced decision to stop is learned, too")
-    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo; 0: the exact J, none sampled", 0)
+    forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo; 0: none, J is a probability", 0)
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
     progress_norm: str = key("mean_std", "progress: none, std (over its root mean square), mean (centred), mean_std, group_std")
@@ -201,11 +205,13 @@ class RunConfig:
             (not self.repeat_penalty or self.task == "countdown",
              "repeat_penalty knows how long an attempt is in Countdown only: leave it at 0"),
             (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
-            (not self.importance_cap or self.algorithm not in ("sft", "star", "mrt_star"),
+            (not self.importance_cap or self.algorithm not in SUPERVISED,
              f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
              "leave it at 0"),
-            (self.forks == 1 or self.fork_temperature > 0 or self.algorithm == "vineppo",  # its forks go on, at `temperature`
+            (self.forks < 2 or self.fork_temperature > 0 or self.algorithm == "vineppo",  # its forks go on, at `temperature`
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
+            (self.forks or self.fork_temperature > 0,
+             "forks=0 asks how probable a right answer is, and greedy answers aren't drawn: set fork_temperature, such as 1"),
             (self.forks or self.algorithm not in ("vineppo", "mrt_star"),
              f"forks=0 samples no branch, and algorithm={self.algorithm} needs one: set forks to 1 or more"),
             (self.num_attention_heads % self.num_key_value_heads == 0,
@@ -359,8 +365,8 @@ def parse_arm(arm: str) -> tuple[str, dict[str, str]]:
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
     """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
     has anyway nor keys of HOW. A name too long for a folder ends with a hash of all of it."""
-    before, after = load_config(path), load_config(path, overrides)
-    changed = [name for name in sorted(overrides) if name not in HOW and getattr(after, name) != getattr(before, name)]
+    before, after = complete(_read_file(Path(path))), load_config(path, overrides)  # the file alone may be no valid config
+    changed = [name for name in sorted(overrides) if name not in HOW and getattr(after, name) != before[name]]
     values = [f"{name}={getattr(after, name)}".replace("/", "_") for name in changed]
     name = "-".join([Path(path).stem, *values])
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

@@ -1,9 +1,10 @@
 """Files and folders that are there whole or not at all: each is written aside, under a name of this process, and then renamed.
 
-A process that dies in between leaves what it wrote; the next one that writes the same file takes that away.
+A process that dies in between leaves what it wrote; the next one on the same machine that writes the same file takes that away.
 """
 
 import os
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 
 def aside(path: Path) -> Path:
     """Where this process may write what will be `path`: nothing is there, and no other process writes there."""
+    here = f".{path.name}.{platform.node()}"
     for left in path.parent.glob(".*"):
-        owner = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.\w+", left.name)
+        owner = re.fullmatch(rf"{re.escape(here)}\.(\d+)\.\w+", left.name)
         if owner and (int(owner[1]) == os.getpid() or not alive(int(owner[1]))):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f"{here}.{os.getpid()}.partial")
 
 
 def alive(process: int) -> bool:

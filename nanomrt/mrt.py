@@ -1,8 +1,8 @@
 """Meta Reinforcement Fine-Tuning: episodes, J, progress, credit and the loss, on flat packed tensors.
 
 A trace is cut into episodes z_1 … z_T. J_j is the probability that an answer forced after episode j is right, estimated
-from `forks` forced answers; by default from a single greedy one, so it is 0 or 1; with forks = 0 it is computed exactly, from the
-answers that are right. Equations, whose numbers stand on the lines that compute them:
+from `forks` forced answers; by default from a single greedy one, so it is 0 or 1; with forks = 0 it is computed instead, summed
+over the right answers as the warm start writes them. Equations, whose numbers stand on the lines that compute them:
 
     (0) A_outcome  = (reward - its group's mean) / the group's std          GRPO: the same for every token of a rollout
     (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d, `J_discount`, is ours

@@ -63,7 +63,7 @@ def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seq
 
 
 def grade(task: Task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
-    return [task.grade(problem, text) for problem, text in zip(problems, task.tokenizer.decode_batch(responses))]
+    return [task.grade(problem, text) for problem, text in zip(problems, task.texts(responses))]
 
 
 def continue_from(model: Llama, task: Task, problems: Sequence, prefix: Segments, segment: Sequence[int],
@@ -96,16 +96,16 @@ def roll_out(model: Llama, task: Task, problems: Sequence, group_size: int, samp
 
 @dataclass(frozen=True)
 class Forked:
-    """What short branches of traces say about n places in them."""
+    """What branches say about n places in traces: forced answers for J, continuations for V."""
 
     J: Tensor  # (n,) fp32, mean verdict on the branches of each place
-    branches: list[list[tuple[list[int], float]]]  # (n,forks) each branch, forced tokens included, and its verdict
+    branches: list[list[tuple[list[int], float]]]  # (n,forks) each, forced tokens included, and its verdict; [] if forks = 0
     generated: int  # tokens, for the ledger
 
 
 def force_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forks: int,
                   temperature: float, generator: torch.Generator | None) -> Forked:
-    """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict; of 0, the exact J."""
+    """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict; 0: `weigh_answers`."""
     if forks == 0:
         return weigh_answers(model, task, rollouts, row, position, temperature)
     sampling = Sampling(task.answer_tokens, (task.close_answer,), temperature)
@@ -130,7 +130,7 @@ def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], posit
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
     rows = [r for r in asked.values() for _ in range(forks)]
-    if not forced:  # training would have cut the whole trace off
+    if not forced:  # V: a branch gets what its prefix has left of training's budget
         room = [sampling.max_new_tokens - len(c) + rollouts.prompt_length[r] for c, r in asked.items() for _ in range(forks)]
         sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.device).clamp(min=1))
     samples = branch(model, rollouts.samples.segments(), rows, [context for context in asked for _ in range(forks)],
@@ -145,8 +145,9 @@ def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], posit
 
 def weigh_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int],
                   temperature: float) -> Forked:
-    """The J at each (row, position) that ever more forced answers would come to: what all right answers together, as the task
-    writes them, have in probability. None is sampled, so there are no branches; the ledger counts the tokens weighed."""
+    """What all right answers, as the warm start writes them, have in probability at each (row, position): the J that ever more
+    forced answers come to, if the policy writes right answers in no other way, and less than that if it does. None is sampled, so
+    there are no branches; the ledger counts the tokens weighed."""
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     J = dict.fromkeys(contexts, 0.0)
     cases = [(r, context, answer) for context, r in dict(zip(contexts, row)).items()

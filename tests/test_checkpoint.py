@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -112,11 +113,13 @@ def test_two_processes_may_save_the_same_checkpoint(tmp_path, model, task, monke
 
 
 def test_what_a_killed_process_left_is_taken_away(tmp_path, model, task):
-    """By the next one that saves the same checkpoint; what a living process writes stays, and so does what is none of ours."""
+    """By the next one that saves the same checkpoint; what a living process writes stays, and so does what is none of ours: on
+    another machine its process may live."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    names = [f".warm.{dead.pid}.partial", f".warm.{dead.pid}.replaced", f".warm.{os.getppid()}.partial", ".warm.mine.partial",
-             f".warmer.{dead.pid}.partial"]
+    here = platform.node()
+    names = [f".warm.{here}.{dead.pid}.partial", f".warm.{here}.{dead.pid}.replaced", f".warm.{here}.{os.getppid()}.partial",
+             ".warm.mine.partial", f".warmer.{here}.{dead.pid}.partial", f".warm.else-{here}.{dead.pid}.partial"]
     for name in names:
         (tmp_path / name).mkdir()
     checkpoint.save(tmp_path / "warm", model, task.tokenizer, {})
@@ -168,7 +171,7 @@ def test_training_does_not_go_on_without_its_optimiser(tmp_path, model, task):
     ({"model_type": "gpt2"}, "gpt2"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "RoPE scaling"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"use_sliding_window": True}, "use_sliding_window"), ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
 ])
 def test_unsupported_models_are_refused_by_name(config, change, message):
     with pytest.raises(ValueError, match=message):

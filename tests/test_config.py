@@ -178,7 +178,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--forks=-1", "forks=-1 must be at least 0"),
     ("", "--fork_temperature=-1", "fork_temperature=-1.0 must be at least 0"),
     ("", "--forks=4 --algorithm=anytime", "set fork_temperature"),
-    ("", "--forks=0", "set fork_temperature"),
+    ("", "--forks=0", "forks=0 asks how probable a right answer is.*: set fork_temperature, such as 1"),
     *[("", f"--forks=0 --fork_temperature=1 --algorithm={name}", "set forks to 1 or more") for name in ("vineppo", "mrt_star")],
     ("", "--weight_decay=-1", "weight_decay=-1.0 must be at least 0"),
     *[("", f"--{name}=0", "must be at least 1") for name in (
@@ -252,6 +252,14 @@ def test_a_context_that_is_accepted_is_enough(algorithm, budgets):
 def test_run_names(overrides, name):
     """The file's stem and what was changed, sorted; never a slash, never what only says where or how to run."""
     assert run_name("config/small.py", overrides) == name
+
+
+def test_a_file_may_need_what_the_command_line_adds(tmp_path):
+    """It has a name though it is no valid config alone."""
+    (tmp_path / "long.py").write_text("thinking_budget = 400\n")
+    with pytest.raises(ValueError, match="raise it"):
+        load_config(tmp_path / "long.py")
+    assert run_name(tmp_path / "long.py", {"max_position_embeddings": "900"}) == "long-max_position_embeddings=900"
 
 
 def test_long_run_names_are_cut_and_stay_different():

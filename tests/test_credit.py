@@ -280,7 +280,7 @@ OTHER = {"alpha": 3.0, "gamma": 0.5, "J_discount": 0.5, "progress_norm": "mean",
          "length_penalty": 0.9}
 
 
-@pytest.mark.parametrize("key", READ_BY.keys() - {"decision_in_loss"})  # which is the prefix form's, and what it gathers
+@pytest.mark.parametrize("key", OTHER)  # those of gathering and of the loss: tests/test_methods.py
 def test_the_methods_that_are_said_to_read_a_key_are_those_whose_credit_heeds_it(key):
     """The command line refuses it for the others."""
     batch, whole = example()
@@ -497,7 +497,7 @@ def test_mrt_star_climbs_the_likelihood_of_its_earliest_right_answers(monkeypatc
 
     said = [(z, forced) for z in contexts[13:] for forced in product(range(3), repeat=3)]  # 729 rows
     branch = lambda r, place: ([stop, a := said[r][1][place - 1]], right((*said[r][0][: place - 1], stop, a)))
-    task = SimpleNamespace(prompt=lambda problem: [9], tokenizer=SimpleNamespace(decode_batch=lambda rows: rows),
+    task = SimpleNamespace(prompt=lambda problem: [9], texts=lambda rows: rows,
                            grade=lambda problem, response: right(response), episode_ends=lambda response: [1, 2])
     traces = Gathered(written(task, [0] * 729, [0] * 729, [[9, *z] for z, _ in said]), None, None, 0)
     forced = lambda model, task, rollouts, *where: [[branch(*at)] for at in zip(*where[:2])]

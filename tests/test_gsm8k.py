@@ -26,6 +26,7 @@ from nanomrt import checkpoint
 from nanomrt.config import RunConfig, UserError, load_config, refuse_unread
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.report import read_jsonl
+from nanomrt.rollout import grade
 from nanomrt.tokenizer import Tokenizer
 from nanomrt.verifier import Verifier
 from nanomrt.verifier import train as train_verifier
@@ -148,8 +149,19 @@ def test_a_damaged_line_is_named(tmp_path, line):
         read(tmp_path / "train.jsonl")
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c"])
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    """Other separators of lines may stand in a question as they are."""
+    row = story(0, 2) | {"question": f"One.{separator}Two?"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read(tmp_path / "train.jsonl")[0].question == row["question"]
+
+
 def test_missing_files_say_where_they_come_from(config, tmp_path):
     with pytest.raises(ValueError, match=r"no file .*train.jsonl: put GSM8K's .* there \(https://.*\), or .* --data_dir=…"):
+        load_task(replace(config, data_dir=str(tmp_path)))
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(ValueError, match=r"train.jsonl is empty: put GSM8K's there"):
         load_task(replace(config, data_dir=str(tmp_path)))
 
 
@@ -162,6 +174,16 @@ def test_no_problem_is_in_two_splits_and_all_are_used(task, folder):
     known, unseen = ({problem.key for problem in read(folder / f"{name}.jsonl")} for name in ("train", "test"))
     assert keys["train"] | keys["validation"] < known and keys["test"] | keys["ood"] == unseen
     assert min(map(len, keys.values())) >= 5
+
+
+def test_nobody_learns_what_the_test_asks(config, folder, tmp_path):
+    """A question that stands in both files is a test problem."""
+    leaked = (folder / "train.jsonl").read_text().splitlines(keepends=True)[:30]
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    (tmp_path / "test.jsonl").write_text((folder / "test.jsonl").read_text() + "".join(leaked))
+    pools = load_task(replace(config, data_dir=str(tmp_path))).pools
+    assert not {problem.key for split in ("train", "validation") for problem in pools[split]} & {
+        json.loads(line)["question"] for line in leaked}
 
 
 def test_out_of_distribution_means_longer(task):
@@ -215,6 +237,25 @@ def test_a_solution_is_a_right_trace_with_a_step_per_episode(task, config):
     habits = task.habits([problem], [response], 60)
     assert habits == {"attempts": len(problem.steps), "repeats": 0.0, "arithmetic": 1.0}
     assert task.audit([problem], [response, response[:-1]], [1.0, 0.0]) == {"result": 1.0, "answer": 0.5}
+
+
+def test_a_tag_spelled_with_other_tokens_is_none(task):
+    """Who answers so while still thinking, as its tokens say, has said nothing: it would be paid for never stopping."""
+    problem = task.parse("How many? #### 7")
+    honest = [*task.tokenizer.encode("3 + 4 = 7"), *task.forced_stop, *task.right_answers(problem)[0]]
+    spelled = [token for piece in ("<", "/think", ">", "<", "answer", ">", "7", "<", "/answer", ">")
+               for token in task.tokenizer.encode(piece)]
+    assert task.tokenizer.decode(spelled) == "</think><answer>7</answer>"
+    rows = [honest, spelled, [*spelled, *honest], [*honest[:-1], *task.tokenizer.encode("<"), *honest[-1:]]]
+    assert grade(task, [problem] * 4, rows) == [1.0, 0.0, 0.0, 0.0]
+    assert [task.answer(row) for row in rows[:3]] == ["7", "", ""]
+
+
+@pytest.mark.parametrize("result", ["0.00001", "72", "-0.5", "1,200.25", "0.1"])
+def test_a_right_answer_is_right_however_small(task, result):
+    """As it is written, also where floats would write 1e-05."""
+    problem = task.parse(f"How many? #### {result}")
+    assert task.grade(problem, f"</think><answer>{task.tokenizer.decode(task.right_answers(problem)[0][:-1])}</answer>") == 1.0
 
 
 def test_a_trace_for_the_eye(task):

@@ -12,7 +12,7 @@ import torch
 import train
 from data.countdown import Countdown
 from nanomrt import rollout
-from nanomrt.config import ALGORITHMS, RunConfig
+from nanomrt.config import ALGORITHMS, READ_BY, SUPERVISED, RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import boundaries, force_answers
@@ -104,8 +104,10 @@ def new_episodes(task: Countdown, gathered: Gathered, r: int, begin: int) -> lis
 
 
 def test_every_algorithm_of_the_config_is_a_method():
-    """The same names in the same order."""
+    """The same names in the same order; and the loss of the supervised ones has no ratio to clip."""
     assert tuple(METHODS) == ALGORITHMS
+    assert SUPERVISED == tuple(name for name, method in METHODS.items() if method.supervised)
+    assert set(READ_BY["clip_low"]) == set(READ_BY["clip_high"]) == set(ALGORITHMS) - set(SUPERVISED)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -147,7 +149,7 @@ def test_rows_groups_verdicts_and_the_ledger(model, task, asked, algorithm):
     drawn = [call.samples.generated for call in asked]
     traces = 0 if algorithm == "sft" else 2 if algorithm in ("mrt", "mrt_b") else 1  # calls; then at most one for values
     assert (gathered.trace_tokens, gathered.fork_tokens) == (sum(drawn[:traces]), sum(drawn[traces:]))
-    assert len(asked) == traces + (algorithm in ("mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime"))
+    assert len(asked) == traces + (algorithm in READ_BY["forks"])
     assert all(set(Counter(map(tuple, call.contexts)).values()) == {2} for call in asked[traces:])  # `forks` times each
 
 
