@@ -28,5 +28,5 @@ thinking_budget = 288         # 24 attempts of 12 tokens
 eval_budget = 384
 learning_rate = 1e-4
 micro_batch_tokens = 65536
-algorithm = "mrt_online"
+algorithm = "mrt_online"      # progress centred, in GRPO's schedule (the defaults): not the form of config/small.py
 alpha = 1.0

@@ -19,8 +19,8 @@ num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim = 4, 4, 2,
 qk_norm = True                # learns faster, and the sampler's log-probs stay closer to the trainer's
 max_position_embeddings = 256
 
-# RL: 384 rollouts a step, at most 12 attempts each. Progress has its baseline in its own trace, so pairs are enough, and many
-# problems teach more; GRPO wants groups and a single pass (config/small_grpo.py).
+# RL: 384 rollouts a step, at most 12 attempts each. Progress has its baseline in its own trace, so pairs are enough, and several
+# passes over many problems pay; they make GRPO worse, in pairs most of all (config/small_grpo.py).
 steps = 50
 prompts_per_step, group_size = 192, 2
 epochs = 3                    # passes over a step's rollouts

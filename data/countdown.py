@@ -36,7 +36,7 @@ MAX_MISSES = 20_000  # draws in a row that are none of a split's problems: then 
 
 @dataclass(frozen=True)
 class Problem:
-    """Reach `target` with an expression that uses some of `numbers`, each at most as often as it is given."""
+    """Reach `target` with an expression of exactly `used` (a key) of `numbers`, each at most as often as it is given."""
 
     numbers: tuple[int, ...]
     target: int
@@ -252,19 +252,15 @@ class Countdown(Task):
                 for chain in self.chains(problem).get(problem.target, ())]
 
     def grade(self, problem: Problem, text: str) -> float:
-        """1.0 if the last complete answer of a response, given as text, outside the thinking reaches the target with the given
-        numbers and the operators of the task, else 0.0."""
+        """1.0 if the last complete answer of a response, given as text, outside the thinking reaches the target with exactly
+        `used` of the given numbers and the operators of the task, else 0.0."""
         answer = last_answer(text) or ""
         result = evaluate(answer)
         if result is None or set(answer) & set("+-*/") - set(self.config.operators):
             return 0.0
         value, numbers = result
-        remaining = list(problem.numbers)
-        for number in numbers:
-            if number not in remaining:
-                return 0.0
-            remaining.remove(number)
-        return float(value == problem.target and len(numbers) == self.config.used)
+        given = Counter(numbers) <= Counter(problem.numbers)
+        return float(given and len(numbers) == self.config.used and value == problem.target)
 
     def audit(self, problems: Sequence[Problem], responses: Sequence[Sequence[int]],
               rewards: Sequence[float]) -> dict[str, float]:
@@ -274,7 +270,7 @@ class Countdown(Task):
         target"; answer: right answers among traces that wrote the target. A share of nothing is 0. The value that is written
         counts here; in `habits` it is what the attempt is worth.
         """
-        count: dict[str, int] = dict.fromkeys(("results", "right", "yes", "true_yes", "reached", "traces_reached", "answered"), 0)
+        count: Counter[str] = Counter()
         for problem, response, reward in zip(problems, responses, rewards):
             reached_once = False
             for _, value, steps, check in self.attempts(response):

@@ -36,7 +36,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: Tensor, limit: Tensor, group: Tensor,
                      place: Tensor, suffix_k: Tensor, suffix_v: Tensor, length: Tensor) -> Tensor:
-    """One new token per row against a prefix that rows share and a suffix of its own. q (R,H,D) -> (R,H,D)."""
+    """One new token per row against a prefix that rows share and a suffix of its own. q (R,H,D) -> (R,H,D); the others are said
+    in `reference`."""
     chosen = fused_branch_attention if q.is_cuda else reference.branch_attention
     return chosen(q, prefix_k, prefix_v, positions, limit, group, place, suffix_k, suffix_v, length)
 

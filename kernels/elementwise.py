@@ -8,7 +8,7 @@ is one kernel forward and one backward. All arithmetic is in fp32; results are r
 RMSNorm of a row x of C numbers, with weight w, upstream gradient g, and sums and means over the row:
 
     (1) r = 1 / sqrt(mean x² + eps)     n = x r     y = n w
-    (2) dx = r (g w - n mean(g w n))    as dr/dx_i = -r² n_i / C; but for eps, n keeps its length: what g w has of n falls away
+    (2) dx = r (g w - n mean(g w n))    as dr/dx_i = -r² n_i / C; but for eps, n's length is fixed: g w's part along n drops out
     (3) dw = sum over rows of g n
 
 Rotation turns each pair (a, b) = (x_i, x_{i+D/2}) of a head by the angle of its position:

@@ -1,5 +1,5 @@
-"""log p(target) and entropy of softmax(hidden @ weight.T / T), without ever storing the logits: the Triton twin of
-`reference.token_logprobs`.
+"""log p(target) and entropy of softmax(hidden @ weight.mT / T), T the temperature, without ever storing the logits: the Triton
+twin of `reference.token_logprobs`.
 
 With 16k tokens and a vocabulary of 152k the logits would take 10 GB in fp32. Forward computes them tile by tile and keeps four
 numbers per token. In base 2, z = (hidden · w) log2(e) / T, over one tile of the vocabulary after the other:
@@ -16,8 +16,8 @@ depends on how many rows there are, so a row's bits don't either.
 
 Backward, for upstream gradients g of log p and e of the entropy, recomputes the logits of one chunk of the vocabulary at a time:
 
-    (6) dz_v = (g [v=y] - p_v (g + e (ln p_v + entropy))) / T
-    (7) dhidden = sum over chunks of dz @ weight           (8) dweight[chunk] = dz' @ hidden
+    (6) dz_v = (g [v=y] - p_v (g + e (ln p_v + entropy))) / T       the gradient of hidden · w_v
+    (7) dhidden = sum over chunks of dz @ weight[chunk]    (8) dweight[chunk] = dz' @ hidden
 
 (6) is written in the precision of the inputs, b bytes a number; (7) and (8) are library products in fp32. Neither dz, (N,chunk),
 nor the product of (8), (chunk,C), takes more than WORKSPACE bytes, unless 256 tokens do:

@@ -2,7 +2,7 @@
 
 A reader who wants to know what an operation means reads it here; the Triton twins must agree with these lines.
 Dimension key: B sequences, T tokens, C width, H query heads, K key/value heads, D head dim, V vocabulary, N packed
-tokens, R branches (rows being sampled), S prefix segments, L cached tokens.
+tokens, R branches (rows being sampled), S prefix segments, M branches of a segment, L cached tokens, t tokens of a branch's own.
 """
 
 import torch

@@ -13,7 +13,8 @@
     anytime         the policy's traces                        J at every boundary               accuracy at all later budgets
 
 J stops the thinking and takes an answer; V lets the policy go on to its end. A new idea is one more line in METHODS, a function
-that gathers a batch, or one in `mrt.py` that credits it, or both; and its name in `ALGORITHMS` of nanomrt/config.py.
+that gathers a batch, or one in `mrt.py` that credits it, or both; and its name in nanomrt/config.py, in `ALGORITHMS` and, beside
+the keys that it reads, in `READ_BY`.
 """
 
 import random

@@ -151,10 +151,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, F_, bias=False)
-        self.up_proj = nn.Linear(C, F_, bias=False)
-        self.down_proj = nn.Linear(F_, C, bias=False)
+        C, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, F, bias=False)
+        self.up_proj = nn.Linear(C, F, bias=False)
+        self.down_proj = nn.Linear(F, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))  # (N,C)
@@ -199,15 +199,13 @@ class Llama(nn.Module):
     def initialise(self, generator: torch.Generator) -> "Llama":
         """Draw the weights from `generator`, so that a run is a function of its seed. Returns the model."""
         for name, weight in self.named_parameters():
-            if weight.ndim < 2:
-                continue  # norms start at 1, biases are set below
-            std = 0.02 if "embed_tokens" in name or "lm_head" in name else weight.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= (2 * self.config.num_hidden_layers) ** 0.5  # 2 L branches are added: keep their sum's variance
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-        for name, bias in self.named_parameters():
             if name.endswith("bias"):
-                bias.zero_()
+                weight.zero_()
+            elif weight.ndim == 2:  # norms stay at 1
+                std = 0.02 if "embed_tokens" in name or "lm_head" in name else weight.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= (2 * self.config.num_hidden_layers) ** 0.5  # 2 L branches are added: keep their sum's variance
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
         return self
 
     @property

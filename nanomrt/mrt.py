@@ -8,8 +8,10 @@ over the right answers as the warm start writes them. Equations, whose numbers s
     (1) progress_j = d · J_j - J_{j-1}                                      negative progress is kept; d, `J_discount`, is ours
     (2) credit_j   = sum_{i>=j} gamma^{i-j} normalised progress_i           gamma = 0: an episode's own progress only
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j; the answer's have A_outcome
-    (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t)
+    (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t), w_t: `loss_norm`
 
+J_{j-1} is a baseline, so an episode's bonus climbs E[(d - gamma) J_j + gamma (d - gamma) J_{j+1} + … + gamma^{T-j} d J_T]: being
+right after it and, discounted, after later ones.
 alpha = 0 is (0), GRPO. What makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
 Progress is normalised over the batch. Centred, it puts a price on an episode that changes nothing, the mean; config/small.py does
 not centre, and charges 1 - d where the answer is known.
@@ -58,7 +60,7 @@ class Batch:
         return start + torch.arange(len(start), device=start.device)
 
     def take(self, rows: Tensor, lengths: Tensor | None = None) -> "Batch":
-        """The batch of these rollouts; with lengths (B,) each is cut after so many tokens, and `reward` stays the whole one's."""
+        """The batch of these rollouts; with lengths (B,) each is cut after so many tokens; `reward` stays the whole rollout's."""
         lengths = self.lengths if lengths is None else lengths
         flat = self.flat(rows, lengths)
         return Batch(self.tokens[flat], lengths[rows], self.is_action[flat], self.logprob[flat], self.reward[rows],
@@ -105,7 +107,7 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     # In fp64 the mean of equal rewards is that reward. In fp32 it may be off by rounding, which a std as small would make 1.
     centred = reward.double() - mean(reward.double())[group]  # (0)
     if norm == "mean_std":
-        centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)
+        centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)  # (0)
     if norm == "rloo":
         centred = centred * (size / (size - 1).clamp(min=1))[group]
     return centred.to(reward.dtype)
@@ -114,8 +116,8 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
 def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     """(2): an episode's own progress plus gamma times the next one's credit in the same rollout. (E,) -> (E,).
 
-    gamma = 1 telescopes to J_T - J_{j-1}, a better baseline for the outcome and no other objective; unless progress is centred,
-    when every later episode has its price, too.
+    With d = 1, gamma = 1 telescopes to J_T - J_{j-1}: a better baseline, the same objective. Centred, each later episode charges
+    the earlier ones, too.
 
     >>> discounted_credit(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, 1]), 0.5)
     tensor([3., 4., 4., 8.])
@@ -226,8 +228,8 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConf
 
 def value_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
-    itself. Over a rollout it sums to reward - V(c_0), the outcome, and no other term is needed. That is `progress_norm` none or
-    std; centred, every episode has a price as well. Kazemnejad et al., arXiv 2410.01679."""
+    itself. Over a rollout it sums to reward - V(c_0), the outcome, and no other term is needed. That is `progress_norm` none, or
+    std up to a factor; centred, every episode has a price as well. Kazemnejad et al., arXiv 2410.01679."""
     difference = normalise(episodes.progress(), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
     return spread(batch, episodes, difference) * batch.is_action
 
@@ -279,8 +281,7 @@ def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> 
 def group_has_advantage(batch: Batch, advantage: Tensor) -> Tensor:
     """(B,) bool: whether any token of a rollout's group has an advantage. Of outcomes that are all equal none has: DAPO skips
     such a group."""
-    ids, group = batch.prompt_id.unique(return_inverse=True)
-    return torch.zeros(len(ids), device=group.device).index_add(0, group[batch.row], (advantage != 0).float())[group] > 0
+    return torch.isin(batch.prompt_id, batch.prompt_id[batch.row[advantage != 0]])
 
 
 def length_with_gradient(batch: Batch, value: Tensor) -> Tensor:
@@ -294,14 +295,13 @@ def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> 
     """w of (4), over a whole minibatch before it is split, so that no split changes the gradient. (N,), 0 off the loss.
 
     token: every token counts the same (DAPO; Yu et al., arXiv 2503.14476); sequence: every rollout counts the same (GRPO);
-    constant: per rollout and `budget` (Dr. GRPO). Rollouts that were cut off are left out by truncated = mask (DAPO's overlong
-    filtering).
+    constant: every token counts 1 / (rollouts · `budget`) (Dr. GRPO). Rollouts that were cut off are left
+    out by truncated = mask (DAPO's overlong filtering).
     """
-    counted = batch.is_action & (batch.finished[batch.row] | (truncated == "zero"))  # (N,)
-    counted = counted.float()
-    per_row = torch.zeros(len(batch.lengths), device=counted.device).index_add(0, batch.row, counted)  # (B,)
+    counted = (batch.is_action & (batch.finished[batch.row] | (truncated == "zero"))).float()  # (N,)
     if loss_norm == "token":
         return counted / counted.sum().clamp(min=1)
+    per_row = torch.zeros(len(batch.lengths), device=counted.device).index_add(0, batch.row, counted)  # (B,)
     rows = (per_row > 0).sum().clamp(min=1)
     return counted / rows / (per_row.clamp(min=1)[batch.row] if loss_norm == "sequence" else budget)
 

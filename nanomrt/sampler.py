@@ -38,7 +38,7 @@ EMPTY = 2**30  # the position of a cache entry that holds nothing: no branch rea
 SHORTEST = 16  # entries that attention reads at least: a CPU's softmax is ten times slower over fewer than a vector holds
 MOST_ROWS = {"cpu": 512, "cuda": 8192}  # at a time: more rows' activations don't stay in a CPU's L2
 CHECK_EVERY = {"cpu": 1, "cuda": 16}  # steps between two looks at who has finished: on a GPU a look waits for the device
-READ_BY = {"cpu": 16, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
+READ_STEP = {"cpu": 16, "cuda": 512}  # suffixes are read up to a multiple of this: on a GPU another shape is another recording
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 
 
@@ -190,10 +190,17 @@ def cache_room(device: torch.device) -> int:
     return free * 4 // 5
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that the CPU's programs can have without swapping, as Linux says; elsewhere 8 GiB are taken for free."""
+def available_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the CPU's programs can have without swapping, as Linux says of the machine and of its container (control groups,
+    version 2); elsewhere 8 GiB are taken for free."""
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8 * 2**30)
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 8 * 2**30)
+    most = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+    if most != "max":
+        used, stat = (group / "memory.current").read_text(), (group / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))  # files that can be let go
+        free = min(free, max(int(most) - int(used) + cached, 0))
+    return free
 
 
 def fitting_rows(model: Llama, prefix: Segments, R: int, T: int, keep: bool) -> int:
@@ -243,7 +250,7 @@ class Slots:
 
         On a CPU rows lie side by side as far as they are read: over gaps the products wait for memory, three times as long.
         """
-        before, by = self.read, READ_BY[self.keys.device.type]
+        before, by = self.read, READ_STEP[self.keys.device.type]
         self.longest = min(self.longest + tokens, self.T)
         self.read = min(max(-(-self.longest // by) * by, SHORTEST), self.whole[0].shape[3])
         if self.grows:
@@ -251,8 +258,8 @@ class Slots:
         return self.read != before
 
     def feed(self, length: Tensor) -> Attend:
-        """How each row's next token attends, which goes to length (n,) in its suffix. Nothing of it stays here: a recorded step
-        keeps its tensors in memory that goes with its graph."""
+        """The `Attend` of each row's next token, at place length (n,) of its suffix. Not kept here: the tensors of a recorded
+        step live with its graph."""
         _, n, K, capacity, _ = self.keys.shape
         place_of_new = (torch.arange(n * K, device=length.device).view(n, K) * capacity + length[:, None]).flatten()
         return partial(self.attend, length, place_of_new)
@@ -275,7 +282,7 @@ class Slots:
         finished = rows.finished[self.row]  # (n,)
         count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
         if count == 0 or count * (32 if len(self.waiting) else 8) < n:
-            return False  # moving rows costs more than an idle eighth, and letting others begin more than a few idle slots
+            return False  # moving rows pays from an eighth of the slots on, or a thirty-second if rows wait
         left = finished.nonzero().squeeze(1)
         if self.contexts is not None:
             self._keep(left)

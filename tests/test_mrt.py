@@ -137,9 +137,9 @@ SHIPPED = {"GRPO's schedule": RunConfig(), "small.py": load_config(Path(__file__
 
 @pytest.mark.parametrize("shipped", SHIPPED.values(), ids=SHIPPED)
 def test_what_the_shipped_credit_climbs(theta, shipped):
-    """In pairs mean_std has the outcome's gradient itself. J before an episode is a baseline, and so is the mean of progress if
-    all traces have as many episodes. What is left, over the batch's std, a constant: with d = J_discount E[(d - gamma) J_j +
-    gamma (d - gamma) J_{j+1} + … + gamma^{T-j} d J_T]. To be right after one's own episode, and after the later ones the less."""
+    """In pairs mean_std gives the outcome's own gradient. J before an episode is a baseline; so is the mean of progress, if all
+    traces have equally many episodes. What is left, over the batch's std: E[(d - gamma) J_j + gamma (d - gamma) J_{j+1} + … +
+    gamma^{T-j} d J_T], d = J_discount."""
     d, gamma, J = shipped.J_discount, shipped.gamma, boundary_J(SEQUENCES, REWARD)  # (27,3)
     progress = d * J[:, 1:] - J[:, :-1]
     centred = progress - (progress.mean() if shipped.progress_norm == "mean_std" else 0.0)
@@ -288,12 +288,12 @@ def test_fact_8_neighbours_share_one_estimate():
 def test_fact_9_injected_text_is_never_an_action():
     """Context in the middle of an episode (a forced stop, say) has neither advantage nor weight."""
     batch = make_batch([8], [1], [0])
-    forced = torch.tensor([False, True, True, True, False, False, True, True])
-    batch = Batch(batch.tokens, batch.lengths, forced, batch.logprob, batch.reward, batch.prompt_id, batch.finished)
+    action = torch.tensor([False, True, True, True, False, False, True, True])
+    batch = Batch(batch.tokens, batch.lengths, action, batch.logprob, batch.reward, batch.prompt_id, batch.finished)
     episodes = make_episodes(batch, [[6]], [[0.0, 1.0]])
     advantage = advantages(batch, episodes, alpha=1.0, **PLAIN)
     assert torch.equal(advantage, torch.tensor([0.0, 1, 1, 1, 0, 0, 0, 0]))
-    assert torch.equal(token_weights(batch, "token", 8, "zero") > 0, forced)
+    assert torch.equal(token_weights(batch, "token", 8, "zero") > 0, action)
 
 
 # --- The urn ---

@@ -460,8 +460,13 @@ def test_caches_may_take_four_fifths_of_what_is_free(monkeypatch):
 def test_available_memory(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:    7000 kB\n")
-    assert sampler.available_memory(meminfo) == 7000 * 1024
-    assert sampler.available_memory(tmp_path / "none") == 8 * 2**30  # another operating system
+    assert sampler.available_memory(meminfo, tmp_path) == 7000 * 1024
+    assert sampler.available_memory(tmp_path / "none", tmp_path) == 8 * 2**30  # another operating system
+    for name, text in (("max", "5000000\n"), ("current", "4000000\n"), ("stat", "file 900\ninactive_file 300\nslab 5\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert sampler.available_memory(meminfo, tmp_path) == 1000300  # a container's
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sampler.available_memory(meminfo, tmp_path) == 7000 * 1024
     assert sampler.available_memory() > 2**26  # this machine's
 
 
@@ -601,7 +606,7 @@ def test_a_recorded_step_is_the_step(model, max_rows, budgets, read_by, monkeypa
     prefix, branches = prefill(model, prompts), branches_of(owner, contexts, 6)
     sampling = Sampling(torch.tensor([budgets[r % len(budgets)] for r in range(60)]), (30, 31, 32) if len(budgets) > 1 else ())
     step_by_step = generate(model, prefix, branches, sampling)
-    for name, value in (("CHECK_EVERY", 7), ("READ_BY", read_by)):
+    for name, value in (("CHECK_EVERY", 7), ("READ_STEP", read_by)):
         monkeypatch.setitem(getattr(sampler, name), "cpu", value)
     made = []
     monkeypatch.setattr(sampler, "recording", lambda step, device: nullcontext(made.append(Taped(step)) or made[0]))

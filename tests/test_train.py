@@ -98,6 +98,16 @@ def test_everything_is_written(finished):
     assert all(summary["ledger"][kind] > 0 for kind in ("trace", "fork", "update"))
 
 
+def test_every_stage_has_the_problems_of_its_own_split(tmp_path, monkeypatch):
+    """Only training problems are learned, only validation problems choose, and test problems are for the end."""
+    drawn, draws = [], Countdown.draws
+    monkeypatch.setattr(Countdown, "draws", lambda task, *where: drawn.append(where) or draws(task, *where))
+    run_tiny(tmp_path, "--steps=2", "--warm_steps=2")
+    asked = {(split, seed) for split, seed in drawn if seed != "is there one?"}
+    assert asked == {("train", "0/warm"), ("validation", "gates"), ("train", "0/0"), ("train", "0/1"), ("test", "eval"),
+                     ("ood", "eval"), ("test", "traces")}
+
+
 def test_sampler_and_trainer_score_the_same_distribution(finished):
     assert all(row["max_logprob_diff"] < 1e-4 for row in metrics(finished))
 
@@ -329,6 +339,16 @@ def imitated(task) -> tuple[Batch, torch.Tensor]:
     batch = written(task, problems, [0, 1, 2], tokens).batch()
     g = torch.Generator().manual_seed(0)
     return replace(batch, logprob=torch.randn(batch.logprob.shape, generator=g)), torch.rand(len(batch.tokens), generator=g)
+
+
+def test_a_step_is_no_longer_than_its_clipped_gradient(model, imitated, tmp_path):
+    """lr · grad_clip, all weights taken together, for a gradient many times as large."""
+    batch, advantage = imitated
+    config = replace(load_config(ROOT / "config/tiny.py"), minibatches=1, warmup_steps=0, learning_rate=0.5, grad_clip=1e-4)
+    before, optimizer = [weight.detach().clone() for weight in model.parameters()], torch.optim.SGD(model.parameters(), lr=0.0)
+    learned = train.update(model, optimizer, batch, advantage, None, Run(config, tmp_path, "cpu"))
+    moved = torch.stack([(a.detach() - b).norm() for a, b in zip(model.parameters(), before, strict=True)]).norm()
+    assert float(moved) == pytest.approx(0.5 * 1e-4, rel=1e-2) and learned["grad_norm"] > 1e-2
 
 
 def update_gradient(model, batch, advantage, folder, ref_logprob=None, **keys) -> list[torch.Tensor]:

@@ -36,6 +36,14 @@ def warm_rollouts(task, count: int):
     return written(task, problems, range(count), [task.prompt(p) + task.warm_trace(p, rng)[0] for p in problems])
 
 
+def test_it_learns_from_training_problems_only(task, model, few, monkeypatch):
+    """It chooses among answers to test problems later."""
+    drawn, draws = set(), task.draws
+    monkeypatch.setattr(task, "draws", lambda split, seed: drawn.add(split) or draws(split, seed))
+    list(train(Verifier.of(model), model, task, RUN, 2))
+    assert drawn == {"train"}
+
+
 def test_it_starts_as_the_policy_that_knows_nothing_of_verdicts(model):
     start = Verifier.of(model)
     assert start.values(ROWS) == [0.5] * 3
