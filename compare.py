@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -28,17 +28,18 @@ from pathlib import Path
 
 import train
 from data import load_task
-from evaluate import distinct, evaluate_policy
+from evaluate import PROBLEM_KEYS, agree, distinct, evaluate_policy
 from nanomrt import checkpoint, comparison, report
 from nanomrt.config import (
     ALGORITHMS,
     KEYS,
-    TASK_KEYS,
     RunConfig,
     UserError,
     complete,
     differences,
+    file_values,
     load_config,
+    name_of,
     parse_arm,
     parse_overrides,
     read_config,
@@ -55,8 +56,7 @@ TAKEN = {  # keys with a place of their own, and which
     "threads": "on a CPU every run has one, so that CPU times compare",
 }
 # What all arms must have in common: the problems, and how they are measured.
-MEASURED = ("task", *(name for keys in TASK_KEYS.values() for name in keys), "thinking_budget", "eval_problems", "eval_samples",
-            "eval_budget")
+MEASURED = (*PROBLEM_KEYS, "thinking_budget", "eval_samples", "eval_budget")
 GATES = tuple(name for name in KEYS if name.startswith("gate_"))
 
 
@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--algorithms={args.algorithms} --seeds={args.seeds} name the run {run.name} twice: leave one out")
     if not len(labels) == len(set(labels)) == len(names):
         raise UserError(f"--labels={args.labels}: give {len(names)} that differ, one for each of {args.algorithms}")
+    name = file_name(args.name, {args.config, *(job.config_path for job in jobs)}, shared, args.split)
+    report.check_figure(folder / f"{name}.png")  # before the work, not after it
     if args.report:
         jobs = [job for job in jobs if job.result.is_file()]
         if not jobs or jobs[0].arm != names[0]:
@@ -97,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job in jobs:
         if changed := differences(job.made_with, job.config):
             print(f"warning: {job.result} was made with {changed}; remove it to train it anew", file=sys.stderr)
-    agree(jobs, MEASURED, "runs are compared by the same measurements: give such a key to all, as --key=value")
+    agree({job.result.stem: job.made_with for job in jobs}, MEASURED,
+          "runs are compared by the same measurements: give such a key to all, as --key=value")
     folder.mkdir(parents=True, exist_ok=True)
     run_all([job for job in jobs if not job.result.is_file()], args.jobs)
     arms: dict[str, list[dict]] = {}
@@ -105,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms.setdefault(labels[names.index(job.arm)], []).append(json.loads(job.result.read_text()))
     text = comparison.tables(arms)
     print(text)
-    name = f"{args.name}{jobs[0].setting}"
     (folder / f"{name}.md").write_text(text + "\n")
     for kind, draw in comparison.FIGURES.items():
         draw(folder / f"{name}-{kind}.png", arms)
@@ -133,30 +135,27 @@ class Job:
     overrides: dict[str, str]
     config: RunConfig
     split: str
-    setting: str  # end of every file's name: the keys that were set for all arms, and the split unless it is test
     result: Path  # where its file goes
 
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
-        setting = run_name(config_path, shared).removeprefix(config_path.stem) + ("" if split == "test" else f"-{split}")
         name, own = parse_arm(arm)
         sibling = config_path.with_name(f"{name}.py")
         of_file = name not in ALGORITHMS and sibling.is_file()
         for key, reason in TAKEN.items():
             if key in shared or key in own and not (of_file and key == "algorithm"):
                 raise ValueError(f"{key} can't be set for {arm if key in own else 'all arms'}: {reason}")
-        if of_file:
-            config_path = sibling
-        else:
+        path = sibling if of_file else config_path
+        if not of_file:
             own["algorithm"] = name
-        algorithm = own.get("algorithm") or load_config(config_path).algorithm
+        algorithm = own.get("algorithm") or file_values(path)["algorithm"]
         overrides = {key: value for key, value in shared.items() if reads(algorithm, key)} | own | {"seed": str(seed)}
-        if device_of(load_config(config_path, overrides)) == "cpu":
+        if device_of(load_config(path, overrides)) == "cpu":
             overrides["threads"] = "1"
-        config = load_config(config_path, overrides)
+        config = load_config(path, overrides)
         refuse_unread(config, own)
-        result = f"{arm}-seed={seed}{setting}.json".replace("/", "_")
-        return cls(arm, config_path, overrides, config, split, setting, folder / result)
+        result = file_name(f"{arm}-seed={seed}", {config_path, path}, shared, split)
+        return cls(arm, path, overrides, config, split, folder / f"{result}.json")
 
     @property
     def run(self) -> Path:
@@ -170,14 +169,10 @@ class Job:
         return complete(json.loads(self.result.read_text())["config"])
 
 
-def agree(jobs: Sequence[Job], keys: Sequence[str], reason: str) -> None:
-    """Raises UserError with the reason unless these keys are the same for all jobs."""
-    expected = jobs[0].made_with
-    for job in jobs:
-        values = job.made_with
-        if unlike := [key for key in keys if values[key] != expected[key]]:
-            mine, theirs = (", ".join(f"{key}={made[key]}" for key in unlike) for made in (values, expected))
-            raise UserError(f"{job.result.stem} has {mine}, but {jobs[0].result.stem} has {theirs}: {reason}")
+def file_name(start: str, paths: Iterable[Path], shared: dict[str, str], split: str) -> str:
+    """Of a result or a table: it ends with the keys for all arms that one of these config files has otherwise, and with the split
+    unless that is test."""
+    return name_of(start, paths, shared) + ("" if split == "test" else f"-{split}")
 
 
 def run_all(jobs: list[Job], processes: int) -> None:
@@ -192,7 +187,8 @@ def run_all(jobs: list[Job], processes: int) -> None:
     for job in jobs:
         by_start.setdefault(shared_start(job), []).append(job)
     for group in by_start.values():
-        agree(group, GATES, "runs with the same warm start have the same gates for it: give such a key to all, as --key=value")
+        agree({job.result.stem: job.made_with for job in group}, GATES,
+              "runs with the same warm start have the same gates for it: give such a key to all, as --key=value")
     ready: list[tuple[Callable[[Job], None], Job]] = [(train_warm_start, group[0]) for group in by_start.values()]
     running: dict[Future, tuple[Callable[[Job], None], Job]] = {}
     steps = sum(job.config.steps for job in jobs)
@@ -273,6 +269,7 @@ def run_job(job: Job) -> None:
 def evaluated(job: Job) -> dict:
     """The run's file: where it comes from, what its stages took, and a point per checkpoint, from the warm start (step 0) on."""
     config, (made, *rows) = job.config, report.read_jsonl(job.run / "metrics.jsonl")
+    made["peak_memory_bytes"] = json.loads((job.run / "summary.json").read_text())["peak_memory_bytes"]  # after training
     task, device = load_task(config), choose_device(config)
     spent = {0: {"tokens": 0, "seconds": 0.0}} | {
         row["step"]: {"tokens": row["trace_tokens"] + row["fork_tokens"],
@@ -294,7 +291,7 @@ def evaluated(job: Job) -> dict:
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
                        "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
                        "habits": section["habits"], "per_problem": section["per_problem"]})
-    harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", step))}
+    harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", max(folders)))}
     stages = {stage: sum(row[f"seconds_{stage}"] for row in rows) for stage in ("trace", "fork", "update")}  # wall clock
     return {"arm": job.arm, **made, "stages": stages, "points": points, **harder}
 

@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 
 from data import Task, load_task
 from nanomrt import checkpoint, report, search
-from nanomrt.config import RunConfig, UserError, read_config
+from nanomrt.config import TASK_KEYS, RunConfig, UserError, read_config
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
 from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
@@ -38,6 +38,7 @@ from nanomrt.verifier import cached_verifier
 ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
 ROWS = 512  # rollouts sampled at a time: bounds the memory, does not change what is estimated
 VOTES = 4  # p of [maj@p]_j
+PROBLEM_KEYS = ("task", *(name for keys in TASK_KEYS.values() for name in keys), "eval_problems")  # which are asked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,15 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (run / "config.json").is_file():
             raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
         report.check_writable(run)
-    if args.figure:
-        report.check_figure(figure)
+    report.check_figure(figure)
     names = [run.name for run in args.runs]
+    labels = [run.name if names.count(run.name) == 1 else str(run) for run in args.runs]
+    try:
+        configs = [read_config(run / "config.json") for run in args.runs]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    agree({label: asdict(config) for label, config in zip(labels, configs)}, PROBLEM_KEYS,
+          "runs are compared by the same problems, so evaluate these two apart")
     summaries, folders = {}, {}
-    for run, name in zip(args.runs, names):
+    for run, label, config in zip(args.runs, labels, configs):
+        config = replace(config, device=args.device or config.device)
         try:
-            config = read_config(run / "config.json")
             folder = checkpoint.newest(run / "checkpoints")
-            config = replace(config, device=args.device or config.device)
             model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config, folder)
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from None
@@ -72,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             verifier = cached_verifier(run, folder, model, task, config, tqdm)
             sections["test_time"] = search.measure(model, verifier, task, distinct(task, "test", config.eval_problems, "eval"),
                                                    config, "eval", lambda chunks: tqdm(chunks, desc="test time"))
-        label = name if names.count(name) == 1 else str(run)
         summaries[label], folders[label] = update_summary(run / "summary.json", sections), run
     for split in ("test", "ood"):  # the best of all is known only now
         for label, section in against_best({label: summary[split] for label, summary in summaries.items()}).items():
@@ -86,6 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{label}, test problems\n{search_table(summary['test_time'])}\n\n{figure}")
             search_figure(figure, summary["test_time"], summary["test"]["budget_curve"])
     return 0
+
+
+def agree(runs: dict[str, dict], keys: Sequence[str], reason: str) -> None:
+    """Raises UserError with the reason unless these keys of the runs' configs are the same for all. runs: {name: config}."""
+    first, expected = next(iter(runs.items()))
+    for name, values in runs.items():
+        if unlike := [key for key in keys if values[key] != expected[key]]:
+            mine, theirs = (", ".join(f"{key}={config[key]}" for key in unlike) for config in (values, expected))
+            raise UserError(f"{name} has {mine}, but {first} has {theirs}: {reason}")
 
 
 # --- Measuring ---
@@ -154,16 +168,17 @@ def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunCon
             "regret_to_maj": {str(h): bootstrap(regret_to_maj(grid, J.mean(1), of["maj"].mean(1), more, h)) for h in horizons},
             "extrapolation": curve(grid, of["J_on"], of["spent_on"]),
         }
-    return against_best({"": section})[""]
+    return against_best({"this policy": section})["this policy"]
 
 
 def against_best(sections: dict[str, dict]) -> dict[str, dict]:
-    """The same sections with `regret_to_best`: the best J of them all is the comparator. The intervals are those of the policies,
-    with the comparator taken as it was measured."""
+    """The same sections with `regret_to_best`: the best J of all that `best_of` names is the comparator. The intervals are those
+    of the policies, with the comparator taken as it was measured."""
     curves = [([row["budget"] for row in section["budget_curve"]], [row["J"]["value"] for row in section["budget_curve"]])
               for section in sections.values()]
     ahead = lambda regret, h: {name: x - (1 - empirical_best(curves, int(h))) for name, x in regret.items()}
-    return {label: section | {"regret_to_best": {h: ahead(regret, h) for h, regret in section["regret"].items()}}
+    return {label: section | {"regret_to_best": {h: ahead(regret, h) for h, regret in section["regret"].items()},
+                              "best_of": list(sections)}
             for label, section in sections.items()}
 
 

@@ -54,14 +54,16 @@ def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
 
 def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
     """Value and 95 % interval of a statistic of one or more arms: S - 1 seeds (see above) and P problems are drawn with
-    replacement, the same ones for every arm. The arms must have the same seeds."""
+    replacement, the same ones for every arm. The arms must have the same seeds. A draw for which it is nan, undefined, is left
+    out."""
     rng = np.random.default_rng(0)
     S, P = next(iter(arms[0].values())).shape
     drawn = []
     for _ in range(RESAMPLES):
         seeds, problems = rng.integers(S, size=max(S - 1, 1)), rng.integers(P, size=P)
         drawn.append(statistic(*({name: x[seeds][:, problems] for name, x in arm.items()} for arm in arms)))
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")
+    defined = [x for x in drawn if not math.isnan(x)] or [math.nan]
+    low, high = np.quantile(defined, [0.025, 0.975], method="inverted_cdf")
     return float(statistic(*arms)), float(low), float(high)
 
 
@@ -109,11 +111,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def values_row(runs: Sequence[dict], axis: str, place: float, metrics: dict) -> list[str]:
-    """An arm where it has spent so much, after its name. OOD problems are answered at the start and after all steps only, and by
-    runs of an older commit after all steps."""
-    values, which = values_at(runs, axis, place), "ood" if place else "ood_start"
-    measured = axis == "step" and all(which in run for run in runs)
-    harder = cell(METRICS["accuracy"], out_of_distribution(runs, which)) if measured else ""
+    """An arm where it has spent so much, after its name."""
+    values = values_at(runs, axis, place)
+    harder = cell(METRICS["accuracy"], out_of_distribution(runs, place)) if axis == "step" else ""
     spent = [np.mean([spent_at(run, axis, place, other) for run in runs]) for other in AXES]
     return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), harder, *(f"{x:,.0f}" for x in spent)]
 
@@ -128,13 +128,18 @@ def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], en
     mine, theirs = zip(*pairs)
     for axis in filter(end.get, AXES):
         a, a_start, b, b_start = (values_at(of, axis, place) for of in (mine, theirs) for place in (end[axis], 0))
-        harder = map(out_of_distribution, (mine, theirs))
+        harder = [out_of_distribution(of, end[axis]) for of in (mine, theirs)]
         yield [arm, AXES[axis][1], *(cell(difference(metric), a, b, sign="+") for metric in metrics.values()),
                cell(difference(METRICS["accuracy"]), *harder, sign="+") if axis == "step" else "",
                cell((gains, 2), a, a_start, b, b_start)]
 
 
-def out_of_distribution(runs: Sequence[dict], which: str = "ood") -> Values:
+def out_of_distribution(runs: Sequence[dict], step: float) -> Values | None:
+    """The verdicts on OOD problems at a step; of a run that ended before it, at its end. None if a run wasn't asked there: each
+    was at its start and its end only, and one of an older commit at its end."""
+    which = "ood" if step else "ood_start"
+    if any(which not in run or 0 < step < run["points"][-1]["step"] for run in runs):
+        return None
     return {"right": np.stack([np.array(run[which]["right"]) for run in runs])}
 
 
@@ -145,9 +150,12 @@ def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[
 
 
 def gains(mine: Values, my_start: Values, theirs: Values, their_start: Values) -> float:
-    """How many times as much accuracy one arm has gained, each since its own start, as another; of a gain that is none, inf."""
+    """How many times as much accuracy one arm has gained, each since its own start, as another; of a gain that is none, inf, or
+    nan if neither has gained."""
     a, a_start, b, b_start = (values["right"].mean() for values in (mine, my_start, theirs, their_start))
-    return (a - a_start) / (b - b_start) if b > b_start else math.inf
+    if b > b_start:
+        return (a - a_start) / (b - b_start)
+    return math.inf if a > a_start else math.nan
 
 
 def spent_at(run: dict, axis: str, place: float, other: str) -> float:
@@ -156,10 +164,13 @@ def spent_at(run: dict, axis: str, place: float, other: str) -> float:
     return float(np.interp(place, [point[axis] for point in points], [point[other] for point in points]))
 
 
-def cell(metric: tuple[Callable[..., float], int], *arms: Values, sign: str = "") -> str:
+def cell(metric: tuple[Callable[..., float], int], *arms: Values | None, sign: str = "") -> str:
+    """A metric with its interval: empty if an arm wasn't measured, - if it isn't defined for what was."""
+    if None in arms:
+        return ""
     statistic, digits = metric
     value, low, high = interval(statistic, *arms)
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
+    return "-" if math.isnan(value) else f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
 
 
 # --- Figures ---
@@ -178,24 +189,32 @@ def ends(arms: dict[str, list[dict]]) -> Iterator[tuple[str, int, list[dict], tu
         yield arm, -1, runs, look(i)
 
 
-def learning_curves(runs: Sequence[dict], axis: str, statistic: Callable[[Values], float]) -> tuple[np.ndarray, np.ndarray]:
-    """What each run of an arm has spent and the statistic, at every step where any of them was measured: two (steps, seeds)."""
-    steps = sorted({point["step"] for run in runs for point in run["points"]})
+def measured_steps(runs: Sequence[dict]) -> list[int]:
+    """Every step where any of the runs was measured: one that was interrupted has a checkpoint more than others."""
+    return sorted({point["step"] for run in runs for point in run["points"]})
+
+
+def learning_curves(runs: Sequence[dict], axis: str,
+                    statistic: Callable[[Values], float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At every measured step: what each run of an arm has spent and its statistic, both (steps, seeds), and the statistic of all
+    runs together, as in the tables, (steps,)."""
+    steps = measured_steps(runs)
     return (np.array([[spent_at(run, "step", step, axis) for run in runs] for step in steps]),
-            np.array([[statistic(values_at([run], "step", step)) for run in runs] for step in steps]))
+            np.array([[statistic(values_at([run], "step", step)) for run in runs] for step in steps]),
+            np.array([statistic(values_at(runs, "step", step)) for step in steps]))
 
 
 def curves_figure(path: Path, arms: dict[str, list[dict]]) -> None:
-    """Accuracy and tokens per right answer against steps, sampled tokens and time: the mean over seeds, and each seed."""
+    """Accuracy and tokens per right answer against steps, sampled tokens and time: of all seeds together, and of each."""
     figure = report.blank_figure(13, 6)
     axes = figure.subplots(2, 3, sharey="row")
     for i, (arm, runs) in enumerate(arms.items()):
         colour, dashes, marker = look(i)
         for row, (statistic, _) in enumerate(METRICS.values()):
             for column, (axis, unit) in enumerate((("step", 1), ("tokens", 1e6), ("seconds", 1))):
-                x, y = learning_curves(runs, axis, statistic)
+                x, y, together = learning_curves(runs, axis, statistic)
                 axes[row, column].plot(x / unit, y, color=colour, alpha=0.2, linewidth=0.8)
-                axes[row, column].plot(x.mean(1) / unit, y.mean(1), dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
+                axes[row, column].plot(x.mean(1) / unit, together, dashes, color=colour, label=arm, linewidth=1.8, marker=marker,
                                        markersize=3)
     for column, label in enumerate(("steps", "sampled tokens, forks included, millions", "seconds")):
         axes[1, column].set_xlabel(label)
@@ -226,7 +245,7 @@ def budgets_figure(path: Path, arms: dict[str, list[dict]]) -> None:
         stops = [(run["points"][at]["thinking_tokens"], np.mean(run["points"][at]["per_problem"]["right"])) for run in runs]
         axes.plot(*np.mean(stops, axis=0), "*", color=colour, markersize=15, markeredgecolor="white")
     axes.plot([], [], "*", color="0.4", markersize=11, label="stops by itself: mean tokens, accuracy")
-    axes.axvline(runs[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
+    axes.axvline(next(iter(arms.values()))[0]["config"]["thinking_budget"], color="0.4", linewidth=1, linestyle=":")
     axes.set(xlabel="thinking budget b, tokens (dotted: the training budget)", ylabel="accuracy of an answer forced at b, J(b)",
              ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
@@ -242,7 +261,7 @@ def frontier_figure(path: Path, arms: dict[str, list[dict]]) -> None:
     figure = report.blank_figure(8.5, 4.5)
     axes = figure.subplots()
     for label, at, runs, (colour, _, marker) in ends(arms):
-        values = values_at(runs, "step", runs[0]["points"][at]["step"])
+        values = values_at(runs, "step", max(run["points"][at]["step"] for run in runs))
         (y, *ys), (x, *xs) = (interval(statistic, values) for statistic, _ in METRICS.values())
         axes.plot(xs, [y, y], color=colour, alpha=0.35, linewidth=1)
         axes.plot([x, x], ys, color=colour, alpha=0.35, linewidth=1)
@@ -262,8 +281,9 @@ def habits_figure(path: Path, arms: dict[str, list[dict]]) -> None:
         panel.set_title(name, fontsize=9, loc="left")
         for i, (arm, runs) in enumerate(arms.items()):
             colour, dashes, _ = look(i)
-            steps = [point["step"] for point in runs[0]["points"]]
-            values = np.array([[point["habits"][name] for point in run["points"]] for run in runs])  # (seeds, steps)
+            steps = measured_steps(runs)
+            values = np.array([np.interp(steps, [point["step"] for point in run["points"]],
+                                         [point["habits"][name] for point in run["points"]]) for run in runs])  # (seeds, steps)
             panel.plot(steps, values.T, color=colour, alpha=0.2, linewidth=0.8)
             panel.plot(steps, values.mean(0), dashes, color=colour, label=arm, linewidth=1.8)
         panel.set_ylim(0, None)

@@ -257,7 +257,7 @@ TASK_KEYS = {  # what the problems of a task are
 COUNTDOWN_ONLY = ("trace_", "gate_check_", "warm_check_weight", "hidden_size", "intermediate_size", "num_", "head_dim", "qk_norm")
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
-LONGEST_NAME = 160  # of a run, in characters: file systems allow 255 bytes, and suffixes follow
+LONGEST_NAME = 160  # of a run or a result, in characters: file systems allow 255 bytes, and suffixes follow
 BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
@@ -284,6 +284,11 @@ def _typed(name: str, value: Any, source: str) -> Any:
     if type(value) is not wanted:
         raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}, not {type(value).__name__}")
     return value
+
+
+def file_values(path: str | Path) -> dict[str, Any]:
+    """Every key as a config file has it. Without what a command line adds they may be no valid config."""
+    return complete(_read_file(Path(path)))
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
@@ -363,12 +368,17 @@ def parse_arm(arm: str) -> tuple[str, dict[str, str]]:
 
 
 def run_name(path: str | Path, overrides: dict[str, str]) -> str:
-    """'config/small.py' with seed 1 -> 'small-seed=1'. Named after what the overrides change: neither values that the file
-    has anyway nor keys of HOW. A name too long for a folder ends with a hash of all of it."""
-    before, after = complete(_read_file(Path(path))), load_config(path, overrides)  # the file alone may be no valid config
-    changed = [name for name in sorted(overrides) if name not in HOW and getattr(after, name) != before[name]]
-    values = [f"{name}={getattr(after, name)}".replace("/", "_") for name in changed]
-    name = "-".join([Path(path).stem, *values])
+    """'config/small.py' with seed 1 -> 'small-seed=1'."""
+    return name_of(Path(path).stem, [path], overrides)
+
+
+def name_of(start: str, paths: Iterable[str | Path], overrides: dict[str, str]) -> str:
+    """`start`, and what the overrides change in one of these config files at least: neither values that all of them have anyway
+    nor keys of HOW. A name too long for a file or folder ends with a hash of all of it."""
+    before = [file_values(path) for path in paths]
+    after = {name: _typed(name, value, "command line") for name, value in sorted(overrides.items()) if name not in HOW}
+    changed = [f"{name}={value}" for name, value in after.items() if any(values[name] != value for values in before)]
+    name = "-".join([start, *changed]).replace("/", "_")
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
 

@@ -9,6 +9,7 @@ state, because each stage of each step derives its own generator from (seed, sta
 import hashlib
 import math
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -219,6 +220,7 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     elif before is not None:
         raise UserError(f"{folder} exists: add --resume to go on with it, or remove it to start again")
     report.check_writable(folder)
+    report.blank_figure(1, 1)  # without matplotlib it says so now, and not after training
     return config, folder, flags
 
 
@@ -232,12 +234,18 @@ def commit() -> str:
         return ""
 
 
+def processor(listed: Path = Path("/proc/cpuinfo")) -> str:
+    """What this machine's processor is called; where Linux doesn't list it, what Python knows of it."""
+    names = re.findall(r"model name\s*: (.+)", listed.read_text()) if listed.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def provenance(run: Run) -> dict:
     """What made a run's numbers."""
     if run.device == "cuda":
         device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
-        device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+        device = f"CPU, {torch.get_num_threads()} threads, {processor()}, {torch.backends.cpu.get_cpu_capability()}"
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"config": asdict(run.config), "commit": commit(), "device": device, "peak_memory_bytes": memory,
             "versions": {"python": platform.python_version(), "torch": torch.__version__}}

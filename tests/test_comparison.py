@@ -12,7 +12,7 @@ def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[f
     """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
     config, ood = {"seed": seed, "thinking_budget": 10}, {"right": points[-1][3]}
     return {"arm": arm, "config": config, "device": "CPU", "ood": ood, "points": [
-        {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]],
+        {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]], "thinking_tokens": 7.0,
          "habits": {"attempts": step / 10, "loops": 0.25},
          "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
         for step, tokens, seconds, right, spent in points]}
@@ -107,6 +107,18 @@ def test_what_the_warm_start_can_do_out_of_distribution_is_shown_where_it_was_me
     assert not warm_start([known[0], GRPO[1]]).split(" | ")[5].strip()
 
 
+def test_equal_steps_are_equal_out_of_distribution():
+    """These problems are answered at an arm's end. If that lies beyond the baseline's, nobody knows its answers there; an arm
+    that ends before is shown at its end, in this column as in the others."""
+    longer = [run("mrt", seed, (0, 0, 0.0, [0.0, 0.0], [9.0, 9.0]), (10, 90, 4.0, [1.0, 0.0], [9.0, 9.0]),
+                  (20, 180, 8.0, [1.0, 1.0], [9.0, 9.0])) for seed in (0, 1)]
+    for arms, cells in (({"grpo": GRPO, "mrt": longer}, ("", "")), ({"mrt": longer, "grpo": GRPO}, ("0.500", "-0.500"))):
+        steps, _, _, differences, *_ = comparison.tables(arms).split("###")[1:]
+        *_, of_arm = steps.strip().splitlines()
+        of_both = differences.splitlines()[4]
+        assert (of_arm.split(" | ")[5].strip()[:5], of_both.split(" | ")[5].strip()[:6]) == cells
+
+
 def test_the_tables_say_what_the_runs_say():
     """Equal tokens stop MRT half way, equal time and steps don't; differences are MRT minus the baseline."""
     text = comparison.tables({"grpo": GRPO, "mrt": MRT})
@@ -122,8 +134,22 @@ def test_the_tables_say_what_the_runs_say():
 
 
 def test_of_a_baseline_that_gains_nothing_no_gain_is_a_multiple():
+    """And no loss either."""
     start, end = (comparison.values_at(MRT, "step", place) for place in (0, 10))
     assert comparison.gains(end, start, start, start) == math.inf and comparison.gains(start, start, end, start) == 0
+    assert math.isnan(comparison.gains(start, start, start, start)) and math.isnan(comparison.gains(start, end, start, start))
+
+
+def test_an_interval_is_that_of_the_draws_for_which_there_is_a_value(monkeypatch):
+    """One problem of three is solved, by both arms. In draws without it both prices are infinite, and have no difference."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 1000)
+    mine, theirs = ({"right": np.array([[1.0, 0.0, 0.0]]), "tokens": np.full((1, 3), each)} for each in (20.0, 10.0))
+    price = comparison.difference(comparison.METRICS["tokens per right answer"])
+    value, low, high = comparison.interval(price[0], mine, theirs)
+    assert value == 30 and (low, high) == (10, 30)  # all three draws are it, or one of them is
+    unsolved = {"right": np.zeros((1, 3)), "tokens": np.ones((1, 3))}
+    assert comparison.cell(price, unsolved, unsolved, sign="+") == "-" and comparison.cell(price, mine, None) == ""
+    assert comparison.cell(price, mine, unsolved, sign="+") == "-inf [-inf -inf]"
 
 
 def test_an_arm_gains_over_its_own_start():
@@ -153,8 +179,37 @@ def test_curves_of_runs_with_different_checkpoints_meet_at_every_step():
     """Where one was measured and another wasn't, that one is interpolated."""
     often = run("grpo", 1, (0, 0, 0.0, [0.0, 0.0], [9.0, 9.0]), (4, 70, 1.0, [1.0, 0.0], [9.0, 9.0]),
                 (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0]))
-    x, y = comparison.learning_curves([GRPO[0], often], "tokens", lambda values: values["right"].mean())
+    x, y, together = comparison.learning_curves([GRPO[0], often], "tokens", lambda values: values["right"].mean())
     assert x.tolist() == [[0, 0], [40, 70], [100, 100]] and y.tolist() == [[0, 0], [0.2, 0.5], [0.5, 1]]
+    assert together.tolist() == [0, 0.35, 0.75]
+    _, price, together = comparison.learning_curves([GRPO[0], often], "step", comparison.METRICS["tokens per right answer"][0])
+    assert price[-1].tolist() == [60, 9] and together[-1] == 26  # 78 tokens, 3 answers: as in the tables, and no mean of ratios
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are drawn."""
+    figures, blank = [], comparison.report.blank_figure
+    monkeypatch.setattr(comparison.report, "blank_figure", lambda *size: figures.append(blank(*size)) or figures[-1])
+    return figures
+
+
+@pytest.mark.parametrize("kind", comparison.FIGURES)
+def test_every_figure_shows_runs_with_different_checkpoints(kind, drawn, tmp_path):
+    """An interrupted run has one more than the others, and one may end later."""
+    often = run("grpo", 1, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (4, 70, 1.0, [1.0, 0.0], [9.0, 9.0]),
+                (10, 100, 4.0, [1.0, 0.0], [9.0, 9.0]), (20, 200, 8.0, [1.0, 1.0], [20.0, 40.0]))
+    comparison.FIGURES[kind](tmp_path / "figure.png", {"grpo": [GRPO[0], often], "mrt": MRT})
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    lines = [line for panel in drawn[0].axes for line in panel.lines if line.get_label() == "grpo"]  # of both runs
+    shown = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in lines]
+    if kind == "curves":
+        assert shown[0] == ([0, 4, 10, 15], pytest.approx([0, 0.35, 0.5, 0.75]))  # one ends at 10, one at 20
+        assert shown[3][1][-1] == 40  # 120 tokens, 3 answers; the mean of both ratios is 45
+    elif kind == "habits":
+        assert shown[0] == ([0, 4, 10, 20], pytest.approx([0, 0.4, 1, 1.5]))  # the first one stays where it ended
+    elif kind == "frontier":
+        assert shown == [([40], [0.75])]  # each run at its own end
 
 
 def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():

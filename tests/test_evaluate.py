@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,7 +110,8 @@ def test_the_best_of_all_runs_is_the_comparator_of_each(task):
     assert late["regret_to_best"]["18"]["value"] == 0  # nothing is in its own reach by then
     for h, leaf in both["late"]["regret_to_best"].items():
         assert leaf == pytest.approx({name: x - 0.5 for name, x in late["regret"][h].items()})
-    assert "regret_to_best" in late and both["late"]["regret"] == late["regret"]
+    assert both["late"]["regret"] == late["regret"]
+    assert late["best_of"] == ["this policy"] and both["early"]["best_of"] == both["late"]["best_of"] == ["early", "late"]
 
 
 def test_extrapolation_reaches_answers_that_a_policy_which_stops_early_does_not(task):
@@ -218,8 +222,39 @@ def test_command_line_writes_test_and_ood_keeps_the_rest_and_draws(run, task, ca
     assert (run / "figures" / "budget.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.json", "figures", "summary.json"]
     again = run.parent / "again.png"
-    assert evaluate.main([str(run), str(run), "--figure", str(again)]) == 0 and again.is_file()
+    assert evaluate.main([str(run), "--figure", str(again)]) == 0 and again.is_file()
     assert json.loads((run / "summary.json").read_text()) == summary  # the same problems, the same samples
+
+
+@pytest.fixture
+def other(run):
+    return Path(shutil.copytree(run, run.parent / "other"))
+
+
+def test_runs_side_by_side_are_held_against_the_best_of_them(run, other, task, monkeypatch):
+    """One solves a problem after 15 tokens, one after 30: within 18, only the first one knows what is in reach."""
+    ready = {"small": 30, "other": 15}
+    monkeypatch.setattr(checkpoint, "load_model", lambda folder, device: Scripted(task, 40, ready[folder.parts[-3]]))
+    monkeypatch.setattr(evaluate, "distinct", lambda *_: [SOLVED, UNSOLVED])
+    assert evaluate.main([str(run), str(other)]) == 0
+    for folder, regret_to_best in ((run, 0.5), (other, 0.5 - 2.25 / 18)):
+        for section in map(json.loads((folder / "summary.json").read_text()).get, ("test", "ood")):
+            assert section["regret_to_best"]["18"]["value"] == pytest.approx(regret_to_best)
+            assert section["best_of"] == ["small", "other"]
+
+
+def test_runs_with_other_problems_are_not_put_side_by_side(run, other):
+    save_config(replace(RUN, eval_problems=4, target_max=59, thinking_budget=27), other / "config.json")
+    with pytest.raises(UserError, match="^other has target_max=59, eval_problems=4, but small has target_max=60, eval_pro"):
+        evaluate.main([str(run), str(other)])
+    assert not (run / "summary.json").exists()  # said before the first evaluation
+
+
+def test_a_missing_matplotlib_is_an_error_before_the_evaluation(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        evaluate.main([str(run)])
+    assert not (run / "summary.json").exists()
 
 
 def test_test_time_trains_a_verifier_once_and_writes_a_section_a_table_and_a_figure(run, capsys, monkeypatch):
