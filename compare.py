@@ -277,23 +277,20 @@ def evaluated(job: Job) -> dict:
     folders = {0: Path(made.pop("start"))}
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
 
-    def measured(folder: Path, split: str) -> dict:
-        """A checkpoint's values on the problems of a split."""
+    points, last = [], max(folders)
+    for step, folder in folders.items():
         try:
             model = checkpoint.load_model(folder, device)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{error}; or remove {job.run}, and the same command trains it anew") from None
-        return evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval", brief=True)
-
-    points = []
-    for step, folder in folders.items():
-        section = measured(folder, job.split)
-        points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"],
-                       "curve": [[row["budget"], round(row["J"]["value"], 4)] for row in section["budget_curve"]],
-                       "habits": section["habits"], "per_problem": section["per_problem"]})
-    harder = {name: measured(folders[step], "ood")["per_problem"] for name, step in (("ood_start", 0), ("ood", max(folders)))}
+        section, harder = (evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
+                                           brief=brief) for split, brief in ((job.split, step not in (0, last)), ("ood", True)))
+        curves = {name: [[row["budget"], round(row["J"]["value"], 4)] for row in section[of]]
+                  for name, of in (("curve", "budget_curve"), ("extrapolation", "extrapolation")) if of in section}
+        points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"], **curves,
+                       "habits": section["habits"], "per_problem": section["per_problem"], "ood": harder["per_problem"]})
     stages = {stage: sum(row[f"seconds_{stage}"] for row in rows) for stage in ("trace", "fork", "update")}  # wall clock
-    return {"arm": job.arm, **made, "stages": stages, "points": points, **harder}
+    return {"arm": job.arm, **made, "stages": stages, "points": points}
 
 
 if __name__ == "__main__":

@@ -155,19 +155,20 @@ def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunCon
         "maj_at_k": {str(G): bootstrap([maj_at_k(votes[p], right[p]) for p in range(P)])},
         "budget_curve": curve(grid, J, of["spent"]),
         "regret": {str(h): bootstrap(normalised_regret(grid, J.mean(1), h)) for h in horizons},
-        "per_problem": {name: [round(float(x), 4) for x in values] for name, values in {
-            "right": right.mean(1), "tokens": of["tokens"].mean(1),
-            **{f"regret to {h}": normalised_regret(grid, J.mean(1), h) for h in horizons}}.items()},
+        "per_problem": rounded({"right": right.mean(1), "tokens": of["tokens"].mean(1),
+                                **{f"regret to {h}": normalised_regret(grid, J.mean(1), h) for h in horizons}}),
         "habits": task.habits([problem for problem in problems for _ in range(G)], of["response"].flatten().tolist(),
                               config.thinking_budget),
     }
     if not brief:
         more = (VOTES - 1) * (len(task.forced_stop) + task.answer_tokens)  # what a majority costs more than one answer
+        to_maj = {h: regret_to_maj(grid, J.mean(1), of["maj"].mean(1), more, h) for h in horizons}
         section |= {
             "maj_curve": curve(grid, of["maj"], of["spent"] + more),
-            "regret_to_maj": {str(h): bootstrap(regret_to_maj(grid, J.mean(1), of["maj"].mean(1), more, h)) for h in horizons},
+            "regret_to_maj": {str(h): bootstrap(values) for h, values in to_maj.items()},
             "extrapolation": curve(grid, of["J_on"], of["spent_on"]),
         }
+        section["per_problem"] |= rounded({f"maj: regret to {h}": values for h, values in to_maj.items()})
     return against_best({"this policy": section})["this policy"]
 
 
@@ -186,6 +187,10 @@ def budget_grid(task: Task, config: RunConfig) -> list[int]:
     """The budgets at which thinking is stopped, in tokens: 0, some whole attempts, and the largest budget itself."""
     reach = max(config.eval_budget, config.thinking_budget)
     return sorted({n * task.attempt_tokens for n in ATTEMPTS if n * task.attempt_tokens < reach} | {reach})
+
+
+def rounded(columns: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    return {name: [round(float(x), 4) for x in values] for name, values in columns.items()}
 
 
 def curve(grid: Sequence[int], J: np.ndarray, spent: np.ndarray) -> list[dict]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nanomrt import report
-from nanomrt.metrics import ratio
+from nanomrt.metrics import empirical_best, ratio
 from nanomrt.report import COLOURS
 
 RESAMPLES = 1000
@@ -27,6 +27,10 @@ Values = dict[str, np.ndarray]  # of one arm: a name -> (seeds, problems)
 METRICS: dict[str, tuple[Callable[[Values], float], int]] = {  # name: (statistic, digits)
     "accuracy": (lambda v: v["right"].mean(), 3),
     "tokens per right answer": (lambda v: ratio(np.stack([v["tokens"].ravel(), v["right"].ravel()], 1)), 1),
+}
+CURVES = {  # of a point: [budget, J] along the grid of budgets
+    "curve": "Accuracy when stopped after so many thinking tokens, after all steps",
+    "extrapolation": "The same when thinking is forced to go on, a new episode in place of every end",
 }
 AXES = {"step": ("Equal steps", "steps"), "tokens": ("Equal tokens", "sampled tokens"), "seconds": ("Equal time", "seconds")}
 
@@ -37,19 +41,25 @@ def metrics_of(run: dict) -> dict[str, tuple[Callable[[Values], float], int]]:
     return METRICS | {name: (lambda v, name=name: v[name].mean(), 3) for name in regrets}
 
 
-def values_at(runs: Sequence[dict], axis: str, place: float) -> Values:
-    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before."""
-    rows = []
-    for run in runs:
-        points = run["points"]
-        x = [point[axis] for point in points]
-        b = min(int(np.searchsorted(x, place)), len(x) - 1)
-        a, share = max(b - 1, 0), 1.0
-        if 0 < b and place < x[b]:
-            share = (place - x[a]) / (x[b] - x[a])
-        rows.append({name: (1 - share) * np.array(points[a]["per_problem"][name]) + share * np.array(values)
-                     for name, values in points[b]["per_problem"].items()})
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def values_at(runs: Sequence[dict], axis: str, place: float, problems: str = "per_problem") -> Values | None:
+    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before; those of
+    all that every run has there. problems: "ood" for these; None if a run hasn't answered them there."""
+    rows = [value_at(run["points"], axis, place, problems) for run in runs]
+    if None in rows:
+        return None
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0] if all(name in row for row in rows)}
+
+
+def value_at(points: Sequence[dict], axis: str, place: float, problems: str) -> dict[str, np.ndarray] | None:
+    """The same of one run."""
+    x = [point[axis] for point in points]
+    b = min(int(np.searchsorted(x, place)), len(x) - 1)  # x[b-1] < place <= x[b]
+    a = b - 1 if 0 < b and place < x[b] else b
+    if not all(problems in points[i] for i in (a, b)):
+        return None
+    share = (place - x[a]) / (x[b] - x[a]) if a < b else 0.0
+    before, after = points[a][problems], points[b][problems]
+    return {name: (1 - share) * np.array(before[name]) + share * np.array(after[name]) for name in before if name in after}
 
 
 def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
@@ -88,15 +98,37 @@ def tables(arms: dict[str, list[dict]]) -> str:
     rows = [row for arm in others for row in difference_rows(arm, arms[arm], arms[baseline], end, metrics)]
     text.append(table(f"Differences from {baseline}",
                       ["method", "at equal", *metrics, "accuracy, OOD", "gain in accuracy, times"], rows))
-    curves = {arm: [run["points"][at]["curve"] for run in runs] for arm, at, runs, _ in ends(arms)}
-    text.append(table("Accuracy when stopped after so many thinking tokens, after all steps",
-                      ["method", *(f"{budget:.0f}" for budget, _ in curves[baseline][0])],
-                      [[arm, *(f"{J:.3f}" for J in np.mean(of, axis=0)[:, 1])] for arm, of in curves.items()]))
+    for name, title in CURVES.items():
+        if curves := curves_of(arms, name):
+            text.append(table(title, ["method", *(f"{budget:.0f}" for budget, _ in next(iter(curves.values()))[0])],
+                              [[arm, *(f"{J:.3f}" for J in np.mean(of, axis=0)[:, 1])] for arm, of in curves.items()]))
+    if rows := comparator_rows(arms):
+        text.append(table("Regret within the training budget after all steps, by what it is measured against",
+                          ["method", "an oracle", "the best J of these methods", "a majority of answers"], rows))
     habits = {arm: [run["points"][at]["habits"] for run in runs] for arm, at, runs, _ in ends(arms)}
     names = known_habits(arms)
     text.append(table("Habits after all steps", ["method", *names],
                       [[arm, *(f"{np.mean([seed[name] for seed in of]):.2f}" for name in names)] for arm, of in habits.items()]))
     return "\n\n".join(text)
+
+
+def curves_of(arms: dict[str, list[dict]], name: str) -> dict[str, list]:
+    """A curve of CURVES, of the warm start and of every arm at its end: (seeds, budgets, 2). An arm that lacks it is left out."""
+    return {arm: [run["points"][at][name] for run in runs] for arm, at, runs, _ in ends(arms)
+            if all(name in run["points"][at] for run in runs)}
+
+
+def comparator_rows(arms: dict[str, list[dict]]) -> list[list[str]]:
+    """The regret of the warm start and of every arm at its end against each comparator of nanomrt/metrics.py, where a majority
+    was measured. The best J is that of a method's mean curve."""
+    h, rows = next(iter(arms.values()))[0]["config"]["thinking_budget"], []
+    best = empirical_best([np.mean(of, axis=0).T.tolist() for of in curves_of(arms, "curve").values()], h)
+    for arm, at, runs, _ in ends(arms):
+        values = values_at(runs, "step", max(run["points"][at]["step"] for run in runs))
+        if f"maj: regret to {h}" in values:
+            rows.append([arm, *(cell((lambda v, name=name, of=of: v[name].mean() - of, 3), values) for name, of in (
+                (f"regret to {h}", 0), (f"regret to {h}", 1 - best), (f"maj: regret to {h}", 0)))])
+    return rows
 
 
 def known_habits(arms: dict[str, list[dict]]) -> list[str]:
@@ -112,10 +144,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def values_row(runs: Sequence[dict], axis: str, place: float, metrics: dict) -> list[str]:
     """An arm where it has spent so much, after its name."""
-    values = values_at(runs, axis, place)
-    harder = cell(METRICS["accuracy"], out_of_distribution(runs, place)) if axis == "step" else ""
+    values, harder = (values_at(runs, axis, place, problems) for problems in ("per_problem", "ood"))
     spent = [np.mean([spent_at(run, axis, place, other) for run in runs]) for other in AXES]
-    return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), harder, *(f"{x:,.0f}" for x in spent)]
+    return [str(len(runs)), *(cell(metric, values) for metric in metrics.values()), cell(METRICS["accuracy"], harder),
+            *(f"{x:,.0f}" for x in spent)]
 
 
 def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], end: dict[str, float],
@@ -128,19 +160,10 @@ def difference_rows(arm: str, runs: Sequence[dict], baseline: Sequence[dict], en
     mine, theirs = zip(*pairs)
     for axis in filter(end.get, AXES):
         a, a_start, b, b_start = (values_at(of, axis, place) for of in (mine, theirs) for place in (end[axis], 0))
-        harder = [out_of_distribution(of, end[axis]) for of in (mine, theirs)]
+        harder = [values_at(of, axis, end[axis], "ood") for of in (mine, theirs)]
         yield [arm, AXES[axis][1], *(cell(difference(metric), a, b, sign="+") for metric in metrics.values()),
-               cell(difference(METRICS["accuracy"]), *harder, sign="+") if axis == "step" else "",
+               cell(difference(METRICS["accuracy"]), *harder, sign="+"),
                cell((gains, 2), a, a_start, b, b_start)]
-
-
-def out_of_distribution(runs: Sequence[dict], step: float) -> Values | None:
-    """The verdicts on OOD problems at a step; of a run that ended before it, at its end. None if a run wasn't asked there: each
-    was at its start and its end only, and one of an older commit at its end."""
-    which = "ood" if step else "ood_start"
-    if any(which not in run or 0 < step < run["points"][-1]["step"] for run in runs):
-        return None
-    return {"right": np.stack([np.array(run[which]["right"]) for run in runs])}
 
 
 def difference(metric: tuple[Callable[[Values], float], int]) -> tuple[Callable[[Values, Values], float], int]:

@@ -282,8 +282,8 @@ def test_a_run_says_which_processor_it_had(tmp_path):
 
 @pytest.mark.parametrize("device, clock", [("cpu", 2.0), ("cuda", 3.0)])
 def test_where_the_numbers_of_a_result_come_from(device, clock, tmp_path, monkeypatch):
-    """Every checkpoint answers the problems of --split, the first and the last one those of OOD, too. Forks cost tokens; time is
-    that of the process on a CPU, and of the wall clock on a GPU; memory is what the run has taken at its end."""
+    """Every checkpoint answers the problems of --split and of OOD, and the first and the last one are measured in full. Forks
+    cost tokens; time is that of the process on a CPU, and of the wall clock on a GPU; memory is what the run has taken at its end."""
     job = compare.Job.of(Path("config/tiny.py"), "anytime", 0, {"out_dir": str(tmp_path)}, tmp_path, "validation")
     for step in (3, 5):  # it was interrupted after step 3
         (job.run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
@@ -296,13 +296,16 @@ def test_where_the_numbers_of_a_result_come_from(device, clock, tmp_path, monkey
     monkeypatch.setattr(compare.checkpoint, "load_model", lambda folder, _: folder.name)
     monkeypatch.setattr(compare, "distinct", lambda _, split, count, seed: (split, count, seed))
     monkeypatch.setattr(compare, "evaluate_policy", lambda model, _, problems, *rest, brief: {
-        "mean_thinking_tokens": {"value": 4.0}, "budget_curve": [], "habits": {}, "per_problem": (model, *problems)})
+        "mean_thinking_tokens": {"value": 4.0}, "budget_curve": [], "habits": {}, "per_problem": (model, *problems),
+        **({} if brief else {"extrapolation": [{"budget": 9, "J": {"value": 0.5}}]})})
     monkeypatch.setattr(compare, "choose_device", lambda _: device)
     result = compare.evaluated(job)
     assert [(point["step"], point["tokens"], point["seconds"], point["per_problem"]) for point in result["points"]] == [
         (0, 0, 0, ("warm", "validation", 32, "eval")), (3, 33, 3 * clock, ("step-000003", "validation", 32, "eval")),
         (5, 55, 5 * clock, ("step-000005", "validation", 32, "eval"))]
-    assert result["ood_start"] == ("warm", "ood", 32, "eval") and result["ood"] == ("step-000005", "ood", 32, "eval")
+    assert [point["ood"] for point in result["points"]] == [
+        (folder, "ood", 32, "eval") for folder in ("warm", "step-000003", "step-000005")]
+    assert [point.get("extrapolation") for point in result["points"]] == [[[9, 0.5]], None, [[9, 0.5]]]
     assert result["stages"] == {"trace": 5, "fork": 2.5, "update": 1.25}
     assert (result["commit"], result["peak_memory_bytes"]) == ("abc", 7) and "start" not in result
 
@@ -347,7 +350,9 @@ def test_a_whole_comparison(tmp_path, monkeypatch):
     saved = json.loads(next(folder.glob("anytime-seed=0-*.json")).read_text())
     assert len(saved["points"][0]["per_problem"]["right"]) == 4
     assert all(saved["stages"][stage] > 0 for stage in ("trace", "fork", "update"))
-    assert len(saved["ood_start"]["right"]) == len(saved["ood"]["right"]) == 4
+    assert all(len(point["ood"]["right"]) == 4 for point in saved["points"])
+    for point in (saved["points"][0], saved["points"][-1]):
+        assert len(point["extrapolation"]) == len(point["curve"]) and len(point["per_problem"]["maj: regret to 12"]) == 4
     assert saved["commit"] and saved["config"]["seed"] == 0
     table = next(folder.glob("comparison-*.md"))
     before = table.read_text()

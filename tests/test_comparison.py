@@ -10,10 +10,9 @@ from nanomrt import comparison
 
 def run(arm: str, seed: int, *points: tuple[int, int, float, list[float], list[float]]) -> dict:
     """A run's file: points of (step, tokens, seconds, right, tokens per problem)."""
-    config, ood = {"seed": seed, "thinking_budget": 10}, {"right": points[-1][3]}
-    return {"arm": arm, "config": config, "device": "CPU", "ood": ood, "points": [
+    return {"arm": arm, "config": {"seed": seed, "thinking_budget": 10}, "device": "CPU", "points": [
         {"step": step, "tokens": tokens, "seconds": seconds, "curve": [[0, 0.1], [10, 0.5]], "thinking_tokens": 7.0,
-         "habits": {"attempts": step / 10, "loops": 0.25},
+         "habits": {"attempts": step / 10, "loops": 0.25}, "ood": {"right": [x / 2 for x in right]},
          "per_problem": {"right": right, "tokens": spent, "regret to 10": [1 - x for x in right]}}
         for step, tokens, seconds, right, spent in points]}
 
@@ -100,23 +99,44 @@ def test_habits_that_an_older_run_does_not_know_are_left_out():
         assert "fooled" not in habits(arms) and "| attempts | loops |" in habits(arms)
 
 
-def test_what_the_warm_start_can_do_out_of_distribution_is_shown_where_it_was_measured():
-    known = [dict(run, ood_start={"right": [0.25, 0.25]}) for run in GRPO]
-    warm_start = lambda runs: next(row for row in comparison.tables({"grpo": runs}).splitlines() if "warm start" in row)
-    assert warm_start(known).split(" | ")[5] == "0.250 [0.250 0.250]"
-    assert not warm_start([known[0], GRPO[1]]).split(" | ")[5].strip()
+def with_points(runs: list[dict], *changes: dict) -> list[dict]:
+    """The same runs with keys added to each of their points; those that are None are taken away."""
+    return [dict(run, points=[{key: value for key, value in (point | change).items() if value is not None}
+                              for point, change in zip(run["points"], changes, strict=True)]) for run in runs]
 
 
-def test_equal_steps_are_equal_out_of_distribution():
-    """These problems are answered at an arm's end. If that lies beyond the baseline's, nobody knows its answers there; an arm
-    that ends before is shown at its end, in this column as in the others."""
-    longer = [run("mrt", seed, (0, 0, 0.0, [0.0, 0.0], [9.0, 9.0]), (10, 90, 4.0, [1.0, 0.0], [9.0, 9.0]),
-                  (20, 180, 8.0, [1.0, 1.0], [9.0, 9.0])) for seed in (0, 1)]
-    for arms, cells in (({"grpo": GRPO, "mrt": longer}, ("", "")), ({"mrt": longer, "grpo": GRPO}, ("0.500", "-0.500"))):
-        steps, _, _, differences, *_ = comparison.tables(arms).split("###")[1:]
-        *_, of_arm = steps.strip().splitlines()
-        of_both = differences.splitlines()[4]
-        assert (of_arm.split(" | ")[5].strip()[:5], of_both.split(" | ")[5].strip()[:6]) == cells
+def cells(text: str, arm: str, column: str) -> list[str]:
+    """Of a column of the tables, in the rows of an arm, from top to bottom."""
+    tables = [part.strip().splitlines()[2:] for part in text.split("###")[1:]]
+    rows = [(header.split(" | "), row.split(" | ")) for header, _, *rows in tables for row in rows]
+    return [row[header.index(column)].split(" [")[0].strip() for header, row in rows
+            if row[0] == f"| {arm}" and column in header]
+
+
+def test_out_of_distribution_as_on_the_test_problems():
+    """Interpolated between two checkpoints that were asked, and empty where one of them was not."""
+    text = comparison.tables({"grpo": GRPO, "mrt": MRT})
+    assert cells(text, "mrt", "accuracy, OOD") == ["0.500", "0.250", "0.500", "+0.250", "+0.000", "+0.250"]
+    asked_at_the_end = with_points(MRT, {"ood": None}, {})
+    text = comparison.tables({"grpo": GRPO, "mrt": asked_at_the_end})
+    assert cells(text, "mrt", "accuracy, OOD") == ["0.500", "", "0.500", "+0.250", "", "+0.250"]
+    assert cells(comparison.tables({"mrt": asked_at_the_end}), "warm start", "accuracy, OOD") == ["", "", ""]
+
+
+def test_beyond_the_end_and_other_comparators_where_they_were_measured():
+    """Here J is .5 at most and 1 in the grid's end; regret to an oracle is .5, so to the best J it is 0. A majority has its own
+    values. A warm start that was asked less is left out."""
+    more = {"extrapolation": [[0, 0.1], [10, 0.3]]}
+    runs = with_points(GRPO, {}, more)
+    for run in runs:
+        run["points"][-1]["per_problem"] = run["points"][-1]["per_problem"] | {"maj: regret to 10": [0.25, 0.0]}
+    text = comparison.tables({"grpo": runs, "mrt": MRT})
+    *_, forced, comparators, _ = text.split("###")
+    assert "forced to go on" in forced and forced.count("| grpo |") == 1 and "| mrt |" not in forced + comparators
+    assert "| grpo | 0.100 | 0.300 |" in forced and "warm start" not in forced + comparators
+    assert [cells(text, "grpo", column)[-1] for column in ("an oracle", "the best J of these methods")] == ["0.500", "0.000"]
+    assert "| 0.125 [" in comparators
+    assert "forced to go on" not in comparison.tables({"mrt": MRT})
 
 
 def test_the_tables_say_what_the_runs_say():
