@@ -283,7 +283,7 @@ def test_a_run_says_which_processor_it_had(tmp_path):
 @pytest.mark.parametrize("device, clock", [("cpu", 2.0), ("cuda", 3.0)])
 def test_where_the_numbers_of_a_result_come_from(device, clock, tmp_path, monkeypatch):
     """Every checkpoint answers the problems of --split and of OOD, and the first and the last one are measured in full. Forks
-    cost tokens; time is that of the process on a CPU, and of the wall clock on a GPU; memory is what the run has taken at its end."""
+    cost tokens; time is the process's on a CPU, the wall clock's on a GPU; memory is what the run has taken at its end."""
     job = compare.Job.of(Path("config/tiny.py"), "anytime", 0, {"out_dir": str(tmp_path)}, tmp_path, "validation")
     for step in (3, 5):  # it was interrupted after step 3
         (job.run / f"checkpoints/step-{step:06d}").mkdir(parents=True)
