@@ -35,6 +35,7 @@ from nanomrt.config import (
     KEYS,
     RunConfig,
     UserError,
+    command,
     complete,
     differences,
     file_values,
@@ -76,13 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = [label.strip() for label in args.labels.split(",")] if args.labels else names
     if args.jobs < 0:
         raise UserError(f"--jobs={args.jobs}: give how many runs go on at a time, or leave it out")
-    try:
-        seeds = parse_seeds(args.seeds)
-        shared = parse_overrides(rest)
-        jobs = [Job.of(args.config, arm, seed, shared, folder, args.split) for arm in names for seed in seeds]
-        refuse_unread(jobs[0].config, [key for key in shared if not any(key in job.overrides for job in jobs)])
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    seeds, shared = parse_seeds(args.seeds), parse_overrides(rest)
+    jobs = [Job.of(args.config, arm, seed, shared, folder, args.split) for arm in names for seed in seeds]
+    refuse_unread(jobs[0].config, [key for key in shared if not any(key in job.overrides for job in jobs)])
     runs = [job.run for job in jobs]
     for run in runs:
         if runs.count(run) > 1:
@@ -116,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """'3' -> [0, 1, 2], '3,' -> [3], '0,4' -> [0, 4]. Raises ValueError with an example."""
+    """'3' -> [0, 1, 2], '3,' -> [3], '0,4' -> [0, 4]. Raises UserError with an example."""
     words = text.rstrip(",").split(",")
     if not all(word.isdecimal() for word in words) or text == "0":
-        raise ValueError(f"--seeds={text}: give a number of seeds, such as 3, or the seeds themselves, such as 0,1,4 or 3,")
+        raise UserError(f"--seeds={text}: give a number of seeds, such as 3, or the seeds themselves, such as 0,1,4 or 3,")
     return [int(word) for word in words] if "," in text else list(range(int(text)))
 
 
@@ -144,7 +141,7 @@ class Job:
         of_file = name not in ALGORITHMS and sibling.is_file()
         for key, reason in TAKEN.items():
             if key in shared or key in own and not (of_file and key == "algorithm"):
-                raise ValueError(f"{key} can't be set for {arm if key in own else 'all arms'}: {reason}")
+                raise UserError(f"{key} can't be set for {arm if key in own else 'all arms'}: {reason}")
         path = sibling if of_file else config_path
         if not of_file:
             own["algorithm"] = name
@@ -230,8 +227,7 @@ def end_with_parent() -> None:
 
 def steps_done(job: Job) -> int:
     """Finished RL steps of a run, for the progress bar."""
-    path = job.run / "metrics.jsonl"
-    return len(report.read_jsonl(path)) - 1 if path.is_file() else 0
+    return max(len(report.read_jsonl(job.run / "metrics.jsonl")) - 1, 0)  # its first line is no step
 
 
 def shared_start(job: Job) -> Path:
@@ -253,9 +249,9 @@ def run_job(job: Job) -> None:
     try:
         before = read_config(begun) if begun.is_file() else job.config
         if before.threads != threads:
-            raise ValueError(f"it wasn't trained with threads={threads}, so its CPU time can't be compared")
+            raise UserError(f"it wasn't trained with threads={threads}, so its CPU time can't be compared")
         if changed := differences(asdict(before), job.config):
-            raise ValueError(f"it was trained with {changed}")
+            raise UserError(f"it was trained with {changed}")
     except ValueError as error:
         raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
     if not (job.run / "summary.json").is_file():
@@ -281,7 +277,7 @@ def evaluated(job: Job) -> dict:
     for step, folder in folders.items():
         try:
             model = checkpoint.load_model(folder, device)
-        except (FileNotFoundError, ValueError) as error:
+        except UserError as error:
             raise UserError(f"{error}; or remove {job.run}, and the same command trains it anew") from None
         section, harder = (evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
                                            brief=brief) for split, brief in ((job.split, step not in (0, last)), ("ood", True)))
@@ -294,8 +290,4 @@ def evaluated(job: Job) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

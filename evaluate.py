@@ -18,21 +18,21 @@ Dimension key: B rollouts, P problems, G samples per problem, b budgets of the g
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data import Task, load_task
 from nanomrt import checkpoint, report, search
-from nanomrt.config import TASK_KEYS, RunConfig, UserError, read_config
+from nanomrt.config import TASK_KEYS, RunConfig, UserError, command
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
 from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
-from nanomrt.run import choose_device, generator_for
+from nanomrt.run import choose_device, generator_for, open_run
 from nanomrt.verifier import cached_verifier
 
 ATTEMPTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)  # the grid of budgets, in attempts
@@ -49,35 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="votes, a verifier's choice, beam search and endless thinking; trains the verifier if need be")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
     args = parser.parse_args(argv)
-    from tqdm import tqdm
-
     figure = args.figure or args.runs[0] / "figures" / "budget.png"
-    for run in args.runs:  # complain before the first of several evaluations, not after it
-        if not (run / "config.json").is_file():
-            raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+    opened = [open_run(run) for run in args.runs]  # complain before the first of several evaluations, not after it
+    for run in args.runs:
         report.check_writable(run)
     report.check_figure(figure)
     names = [run.name for run in args.runs]
     labels = [run.name if names.count(run.name) == 1 else str(run) for run in args.runs]
-    try:
-        configs = [read_config(run / "config.json") for run in args.runs]
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    agree({label: asdict(config) for label, config in zip(labels, configs)}, PROBLEM_KEYS,
+    agree({label: asdict(config) for label, (config, _) in zip(labels, opened)}, PROBLEM_KEYS,
           "runs are compared by the same problems, so evaluate these two apart")
     summaries, folders = {}, {}
-    for run, label, config in zip(args.runs, labels, configs):
+    for run, label, (config, folder) in zip(args.runs, labels, opened):
         config = replace(config, device=args.device or config.device)
-        try:
-            folder = checkpoint.newest(run / "checkpoints")
-            model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config, folder)
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from None
-        sections = evaluate_splits(model, task, config, ["test", "ood"], tqdm)
+        model, task = checkpoint.load_model(folder, choose_device(config)), load_task(config, folder)
+        sections = evaluate_splits(model, task, config, ["test", "ood"], bars=True)
         if args.test_time:
-            verifier = cached_verifier(run, folder, model, task, config, tqdm)
+            verifier = cached_verifier(run, folder, model, task, config, bar="verifier")
             sections["test_time"] = search.measure(model, verifier, task, distinct(task, "test", config.eval_problems, "eval"),
-                                                   config, "eval", lambda chunks: tqdm(chunks, desc="test time"))
+                                                   config, "eval", bar="test time")
         summaries[label], folders[label] = update_summary(run / "summary.json", sections), run
     for split in ("test", "ood"):  # the best of all is known only now
         for label, section in against_best({label: summary[split] for label, summary in summaries.items()}).items():
@@ -105,12 +94,11 @@ def agree(runs: dict[str, dict], keys: Sequence[str], reason: str) -> None:
 # --- Measuring ---
 
 
-def evaluate_splits(model: Llama, task: Task, config: RunConfig, splits: Iterable[str],
-                    progress: Callable[..., Iterable] | None = None, brief: bool = False) -> dict[str, dict]:
+def evaluate_splits(model: Llama, task: Task, config: RunConfig, splits: Iterable[str], brief: bool = False,
+                    bars: bool = False) -> dict[str, dict]:
     """A section for each split. The seed is fixed, so that every run of a task answers the same problems."""
-    return {split: evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
-                                   progress and (lambda chunks, split=split: progress(chunks, desc=split)), brief)
-            for split in splits}
+    return {split: evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval", brief,
+                                   split if bars else "") for split in splits}
 
 
 def distinct(task: Task, split: str, count: int, seed: int | str) -> list:
@@ -125,13 +113,12 @@ def distinct(task: Task, split: str, count: int, seed: int | str) -> list:
 
 
 def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunConfig, seed: int | str,
-                    progress: Callable[[Iterable], Iterable] | None = None, brief: bool = False) -> dict:
+                    brief: bool = False, bar: str = "") -> dict:
     """A section of summary.json. Every measured leaf is {"value", "low", "high"}; `tokens` of a curve and `habits` are plain
     means; `per_problem` holds means over a problem's samples, for whoever compares runs.
 
-    `brief` leaves out the two measurements that cost most: majorities of forced answers, and extrapolation.
-
-    `progress` wraps the chunks of problems, as tqdm does. Tokens per right answer is inf if no answer is right.
+    `brief` leaves out the two measurements that cost most: majorities of forced answers, and extrapolation. `bar` is what a
+    progress bar is called; '' draws none. Tokens per right answer is inf if no answer is right.
     """
     if not problems:
         raise ValueError("evaluate_policy needs at least one problem")
@@ -139,7 +126,7 @@ def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunCon
     grid, starts = budget_grid(task, config), range(0, P, chunk)
     parts = [sample_chunk(model, task, problems[start : start + chunk], config, grid, generator_for(seed, "evaluate", start),
                           brief)
-             for start in (progress(starts) if progress else starts)]
+             for start in tqdm(starts, desc=bar, disable=not bar)]
     of = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     of = {name: column.reshape(P, G, *column.shape[1:]) for name, column in of.items()}  # (P,G) or (P,G,b)
     right, J = of["right"], of["J"]
@@ -161,7 +148,7 @@ def evaluate_policy(model: Llama, task: Task, problems: Sequence, config: RunCon
                               config.thinking_budget),
     }
     if not brief:
-        more = (VOTES - 1) * (len(task.forced_stop) + task.answer_tokens)  # what a majority costs more than one answer
+        more = (VOTES - 1) * task.forced_tokens  # what a majority costs more than one answer
         to_maj = {h: regret_to_maj(grid, J.mean(1), of["maj"].mean(1), more, h) for h in horizons}
         section |= {
             "maj_curve": curve(grid, of["maj"], of["spent"] + more),
@@ -203,14 +190,14 @@ def sample_chunk(model: Llama, task: Task, problems: Sequence, config: RunConfig
                  generator: torch.Generator, brief: bool) -> dict[str, np.ndarray]:
     """What is measured of G rollouts of each problem: columns with a row per rollout, (B,), or (B,b) along the grid."""
     training = training_sampling(task, config)
-    cap, answer = training.max_new_tokens, len(task.forced_stop) + task.answer_tokens
+    cap, answer = training.max_new_tokens, task.forced_tokens
     # One pass serves all numbers of free rollouts: cut at `cap` tokens, a longer rollout has the distribution of a training
     # rollout. If it stops later than that, the cut one holds no complete answer and scores 0.
     free = replace(training, max_new_tokens=grid[-1] + answer)
-    on = replace(free, replace=(task.close_thinking, task.open_episode))
+    on = replace(free, instead=(task.close_thinking, task.open_episode))
     same = generator.clone_state()  # the same random numbers: both passes are the same rollouts up to the first `</think>`
     rollouts = roll_out(model, task, problems, config.eval_samples, free, generator)
-    responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
+    responses = rollouts.responses()
     length = np.array([len(response) for response in responses])  # (B,)
     thinking = np.array([task.thinking_tokens(response) for response in responses])  # (B,)
     J, spent = stopped_at(model, task, rollouts, grid, 1, 0.0, generator)  # (B,b)
@@ -234,21 +221,15 @@ def sample_chunk(model: Llama, task: Task, problems: Sequence, config: RunConfig
 def stopped_at(model: Llama, task: Task, rollouts: Rollouts, grid: Sequence[int], votes: int, temperature: float,
                generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The verdict on the majority of `votes` answers forced after b thinking tokens or at their end, and the tokens until then:
-    (B,b). A majority of one greedy answer is J.
-
-    Past the end of the thinking the answer no longer changes, so each (rollout, position) is asked once.
-    """
-    rows = range(len(rollouts.tokens))
-    thinking = np.array([task.thinking_tokens(rollouts.response(row)) for row in rows])  # (B,)
+    (B,b). A majority of one greedy answer is J."""
+    thinking = np.array([task.thinking_tokens(response) for response in rollouts.responses()])  # (B,)
     spent = np.minimum(thinking[:, None], np.array(grid))  # (B,b)
-    place = spent + np.array(rows)[:, None] * (grid[-1] + 1)  # (B,b) one number for each (rollout, position)
-    asked, back = np.unique(place, return_inverse=True)
-    row, position = (x.tolist() for x in divmod(asked, grid[-1] + 1))
-    position = [rollouts.prompt_length[r] + p for r, p in zip(row, position)]
+    position = (spent + np.array(rollouts.prompt_length)[:, None]).flatten().tolist()
+    row = np.arange(len(spent)).repeat(len(grid)).tolist()
     forked = force_answers(model, task, rollouts, row, position, votes, temperature, generator)
-    won = np.array([maj_at_k([task.answer(answer) or None for answer, _ in branches],
-                             [verdict for _, verdict in branches]) for branches in forked.branches])
-    return won[back.reshape(spent.shape)], spent
+    won = [maj_at_k([task.answer(answer) or None for answer, _ in branches], [verdict for _, verdict in branches])
+           for branches in forked.branches]
+    return np.array(won).reshape(spent.shape), spent
 
 
 # --- Showing ---
@@ -342,8 +323,4 @@ def save_figure(figure, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -19,10 +19,10 @@ import torch
 
 from data import Task, load_task
 from nanomrt import checkpoint
-from nanomrt.config import RunConfig, UserError, read_config
+from nanomrt.config import RunConfig, UserError, command
 from nanomrt.model import Llama
 from nanomrt.rollout import branch
-from nanomrt.run import generator_for
+from nanomrt.run import generator_for, open_run
 from nanomrt.sampler import Sampling, Segments, prefill
 
 
@@ -42,10 +42,7 @@ def main(argv: list[str]) -> int:
 
     check(args)
     model, task, config = load_run(args.run, args.device)
-    try:
-        problem = task.parse(args.prompt) if args.prompt is not None else task.problems("test", 1, args.seed)[0]
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    problem = task.parse(args.prompt) if args.prompt is not None else task.problems("test", 1, args.seed)[0]
     try:
         budgets = sorted(int(word) for word in (args.budget or str(config.thinking_budget)).split(","))
     except ValueError:
@@ -85,6 +82,7 @@ def main(argv: list[str]) -> int:
         [row] = answers(stopped, cache, 1, "answer")
         verdict = "right" if right(row) else "wrong"
         print(f"{budget:>6} {len(stopped):>6}  " if len(budgets) > 1 else "  ", f"{task.show(row)}   {verdict}", sep="")
+    sys.stdout.flush()  # a reader who has left is noticed here, and not at exit
     return 0
 
 
@@ -104,19 +102,14 @@ def think(model: Llama, task: Task, prompt: list[int], budget: int, sampling: Sa
         new, cache = samples.rows()[0][1:], samples.segments()  # the first token is the context's last one, given again
         left -= len(new)
         context = context + new
-        if not samples.stopped[0]:
-            yield episode + new, cache
-            return
-        *rest, mark = new
+        *rest, mark = new if samples.stopped[0] else [*new, None]
         episode = episode + rest
-        if mark not in opening:
-            if episode:
-                yield episode, cache
-            return
         if episode:
             yield episode, cache
+        if mark not in opening:
+            return
         episode = [mark]
-    if episode:
+    if episode:  # the budget ends with a `<try>`
         yield episode, cache
 
 
@@ -134,25 +127,13 @@ def check(args: argparse.Namespace) -> None:
 
 def load_run(run: Path, device: str) -> tuple[Llama, Task, RunConfig]:
     """The newest good checkpoint of a run, or the one that `run` names itself; its task and its config."""
-    folder = run if (run / "model.safetensors").is_file() else None
-    settings = (run.resolve().parent.parent if folder else run) / "config.json"  # run/checkpoints/step-000060
-    if not settings.is_file():
-        what = "a checkpoint outside of a run, so its task isn't known" if folder else "no run: it has no config.json"
-        raise UserError(f"{run} is {what}; name a run (python train.py config/small.py trains one) or one of its checkpoints")
-    try:
-        config = read_config(settings)
-        folder = folder or checkpoint.newest(run / "checkpoints")
-        return checkpoint.load_model(folder, device), load_task(config, folder), config
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
+    chosen = run if (run / "model.safetensors").is_file() else None
+    config, folder = open_run(run.resolve().parent.parent if chosen else run, chosen)  # run/checkpoints/step-000060
+    return checkpoint.load_model(folder, device), load_task(config, folder), config
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command(main)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere, in silence

@@ -24,7 +24,7 @@ from data import Task, load_task
 from data.task import SPLITS
 from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
-from nanomrt.config import RunConfig, UserError
+from nanomrt.config import SUPERVISED, RunConfig, UserError, command
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed, micro_batches
 from nanomrt.mrt import (
@@ -92,21 +92,15 @@ def main(argv: list[str]) -> int:
 
 def checked_task(config: RunConfig) -> Task:
     """The task of a config. Raises UserError if it is impossible, or a split has no problems: now, and not after training."""
-    try:
-        task = load_task(config)
-        for split in SPLITS:
-            task.problems(split, 1, "is there one?")
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    task = load_task(config)
+    for split in SPLITS:
+        task.problems(split, 1, "is there one?")
     return task
 
 
 def starting_policy(folder: Path, task: Task, config: RunConfig, device: str) -> Llama:
     """The model of a checkpoint folder. Raises UserError if there is none, or its vocabulary or context doesn't fit the task."""
-    try:
-        model = checkpoint.load_model(folder, device)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot start from {folder}: {error}") from None
+    model = checkpoint.load_model(folder, device)
     if model.config.vocab_size != len(task.tokenizer):
         raise UserError(f"{folder} has a vocabulary of {model.config.vocab_size}, the task one of {len(task.tokenizer)}: " +
                         ("init_from takes a checkpoint of nanomrt; for a pretrained model there is warm_from" if config.warm_from
@@ -136,7 +130,7 @@ def rescore(model: Llama, batch: Batch, config: RunConfig) -> Tensor:
 
 def with_k1_penalty(batch: Batch, ref_logprob: Tensor | None, config: RunConfig) -> Batch:
     """The batch with the KL to the reference taken from its rewards, if that is the estimator; otherwise as it is."""
-    if ref_logprob is None or config.kl_estimator != "k1_reward":
+    if not config.k1_in_reward:
         return batch
     k1 = torch.zeros_like(batch.reward).index_add(0, batch.row, batch.logprob - ref_logprob)  # (B,)
     return replace(batch, reward=batch.reward - config.kl_coef * k1)
@@ -179,8 +173,8 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
             rows = minibatch[part]
             logprob, entropy, action = score(model, batch.take(rows, length), config.temperature)  # (n,)
             at = batch.flat(rows, length)[action]  # (n,) the same actions on the batch's axis
-            # Nobody sampled what is imitated, or not as it stands: it has no log-prob to compare with but the policy's own.
-            old = logprob.detach() if METHODS[config.algorithm].supervised else batch.logprob[at]
+            # What is imitated has no ratio: who wrote it, and how likely it was then, doesn't matter.
+            old = logprob.detach() if config.algorithm in SUPERVISED else batch.logprob[at]
             loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
             seen.update(observed(loss.detach(), logprob.detach(), old, entropy.detach(), config))
@@ -214,7 +208,7 @@ def shuffled(batch: Batch, advantage: Tensor, config: RunConfig, generator: torc
 def loss_of(logprob: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, ref_logprob: Tensor | None,
             config: RunConfig) -> Tensor:
     """The loss of some actions, a scalar; every tensor (n,)."""
-    if METHODS[config.algorithm].supervised:
+    if config.algorithm in SUPERVISED:
         loss = likelihood_loss(logprob, advantage, weight)
     else:
         loss = clipped_loss(logprob, old, advantage, weight, config.clip_low, config.clip_high)
@@ -258,10 +252,7 @@ def finish(run: Run, task: Task, model: Llama, warm: Llama) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command(main)
     except KeyboardInterrupt:
         print("stopped; --resume goes on with a run that has begun", file=sys.stderr)
         sys.exit(130)

@@ -27,7 +27,7 @@ from functools import lru_cache
 from itertools import permutations, product
 
 from data.task import TAGS, Task, last_answer
-from nanomrt.config import RunConfig
+from nanomrt.config import RunConfig, UserError
 from nanomrt.tokenizer import Tokenizer
 
 MAX_ANSWER_CHARS = 200  # a longer answer is wrong: it bounds what the parser sees
@@ -148,13 +148,13 @@ class Countdown(Task):
 
     def __init__(self, config: RunConfig):
         if not 2 <= config.used <= config.numbers <= config.number_max:
-            raise ValueError(f"need 2 <= used <= numbers <= number_max, not used={config.used}, numbers={config.numbers}, "
-                             f"number_max={config.number_max}")
+            raise UserError(f"need 2 <= used <= numbers <= number_max, not used={config.used}, numbers={config.numbers}, "
+                            f"number_max={config.number_max}")
         if not config.operators or not set(config.operators) <= set("+-*/") or len(set(config.operators)) < len(config.operators):
-            raise ValueError(f"operators={config.operators!r} must be some of '+-*/', each once")
+            raise UserError(f"operators={config.operators!r} must be some of '+-*/', each once")
         if not config.number_max <= config.target_max <= config.max_value:
-            raise ValueError(f"need number_max <= target_max <= max_value, not number_max={config.number_max}, "
-                             f"target_max={config.target_max}, max_value={config.max_value}")
+            raise UserError(f"need number_max <= target_max <= max_value, not number_max={config.number_max}, "
+                            f"target_max={config.target_max}, max_value={config.max_value}")
         words = ("numbers", "target", "yes", "no", "(", ")", "+", "-", "*", "/", *map(str, range(1, config.max_value + 1)))
         super().__init__(config, Tokenizer.from_words(words, ("<unk>", "<pad>", *TAGS)))
 
@@ -183,8 +183,8 @@ class Countdown(Task):
                 yield problem
                 missed = 0
             elif (missed := missed + 1) == MAX_MISSES:
-                raise ValueError(f"no {split} problem in {missed:,} draws: " +
-                                 ("lower ood_target_min or raise ood_max_solutions" if split == "ood" else
+                raise UserError(f"no {split} problem in {missed:,} draws: " +
+                                ("lower ood_target_min or raise ood_max_solutions" if split == "ood" else
                                   "widen target_min..target_max or raise max_solutions"))
 
     # --- Text ---
@@ -193,14 +193,14 @@ class Countdown(Task):
         return self.tokenizer.encode(f"numbers {' '.join(map(str, problem.numbers))} target {problem.target} <think>")
 
     def parse(self, text: str) -> Problem:
-        """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises ValueError with an example."""
+        """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises UserError with an example."""
         config, numbers = self.config, [int(word) for word in re.findall(r"-?[0-9]+", text)]
         if len(numbers) != config.numbers + 1:
             example = " ".join(map(str, range(2, config.numbers + 2)))
-            raise ValueError(f"expected {config.numbers} numbers and a target, such as '{example} target {config.target_max}', "
-                             f"not {text!r}")
+            raise UserError(f"expected {config.numbers} numbers and a target, such as '{example} target {config.target_max}', "
+                            f"not {text!r}")
         if not all(1 <= number <= config.max_value for number in numbers):
-            raise ValueError(f"the model knows the numbers 1 to {config.max_value} only")
+            raise UserError(f"the model knows the numbers 1 to {config.max_value} only")
         return Problem(tuple(numbers[:-1]), numbers[-1])
 
     def show(self, ids: Sequence[int]) -> str:
@@ -235,8 +235,8 @@ class Countdown(Task):
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
 
     def way_back(self, failed: Chain, proposals: Sequence[Chain], target: int, rng: random.Random) -> tuple[Chain, int] | None:
-        """Another way on from the last running result of a failed attempt that can still reach the target, right or wrong, and
-        how many operations both share. None if no running result can."""
+        """A chain that shares its first `kept` operations with a failed attempt, and `kept`: the most for which some such chain
+        reaches the target. The one returned may be right or wrong. None if there is none."""
         for kept in reversed(range(1, self.config.used - 1)):
             shared = failed.numbers[: kept + 1], failed.ops[:kept]
             ways = [way for way in proposals if (way.numbers[: kept + 1], way.ops[:kept]) == shared and way != failed]

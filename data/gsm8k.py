@@ -21,7 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data.task import TAGS, Task, last_answer
-from nanomrt.config import RunConfig
+from nanomrt.config import RunConfig, UserError
 from nanomrt.tokenizer import Tokenizer
 
 SOURCE = "https://github.com/openai/grade-school-math/tree/master/grade_school_math/data"
@@ -55,10 +55,10 @@ def number(text: str) -> Fraction | None:
 
 
 def read(path: Path) -> list[Problem]:
-    """The problems of a file. Raises ValueError that says what to do if it is missing or no such file."""
+    """The problems of a file. Raises UserError that says what to do if it is missing or no such file."""
     if not path.is_file():
-        raise ValueError(f"no file {path}: put GSM8K's train.jsonl and test.jsonl there ({SOURCE}), or name their folder with "
-                         "--data_dir=…")
+        raise UserError(f"no file {path}: put GSM8K's train.jsonl and test.jsonl there ({SOURCE}), or name their folder with "
+                        "--data_dir=…")
     problems = []
     for i, line in enumerate(path.open(encoding="utf-8"), 1):
         try:
@@ -69,10 +69,10 @@ def read(path: Path) -> list[Problem]:
         except (ValueError, KeyError, TypeError, AttributeError):
             problem = None
         if problem is None or problem.answer is None:
-            raise ValueError(f'{path}, line {i}: expected {{"question": "…", "answer": "a step\\n…\\n#### a number"}}')
+            raise UserError(f'{path}, line {i}: expected {{"question": "…", "answer": "a step\\n…\\n#### a number"}}')
         problems.append(problem)
     if not problems:
-        raise ValueError(f"{path} is empty: put GSM8K's there ({SOURCE})")
+        raise UserError(f"{path} is empty: put GSM8K's there ({SOURCE})")
     return problems
 
 
@@ -94,11 +94,11 @@ class GSM8K(Task):
                  "ood": [problem for problem in unseen if not short(problem)]}  # longer solutions than any trained on
         vocabulary = Path(config.warm_from) / "tokenizer.json"
         if not vocabulary.is_file():
-            raise ValueError(f"no file {vocabulary}: name the folder of a pretrained model with --warm_from=…")
+            raise UserError(f"no file {vocabulary}: name the folder of a pretrained model with --warm_from=…")
         tokenizer = Tokenizer.load(vocabulary).with_special(TAGS)
         if (back := tokenizer.decode(tokenizer.encode(PROBE)).strip()) != PROBE:
-            raise ValueError(f"the tokenizer of {config.warm_from} makes {back!r} of {PROBE!r}, so nothing could be graded: take "
-                             "another model")
+            raise UserError(f"the tokenizer of {config.warm_from} makes {back!r} of {PROBE!r}, so nothing could be graded: take "
+                            "another model")
         super().__init__(config, tokenizer)
         self.pools = {split: [problem for problem, fits in zip(pool, self.fits(pool)) if fits] for split, pool in pools.items()}
 
@@ -120,18 +120,18 @@ class GSM8K(Task):
     def drawn(self, split: str, rng: random.Random) -> Iterator[Problem]:
         pool = self.pools[split]
         if not pool:
-            raise ValueError(f"no {split} problem of {self.config.data_dir} keeps within the limits: raise prompt_tokens, "
-                             "step_tokens or solution_tokens, or change ood_min_steps")
+            raise UserError(f"no {split} problem of {self.config.data_dir} keeps within the limits: raise prompt_tokens, "
+                            "step_tokens or solution_tokens, or change ood_min_steps")
         while True:
             yield rng.choice(pool)
 
     def parse(self, text: str) -> Problem:
-        """A problem from a user's words, with the right answer after ####. Raises ValueError with an example."""
+        """A problem from a user's words, with the right answer after ####. Raises UserError with an example."""
         question, _, result = text.rpartition("####")
         answer = number(result)
         if not question.strip() or answer is None:
-            raise ValueError("expected a question and its answer, such as 'Ann has 3 apples and buys 4: how many? #### 7', "
-                             f"not {text!r}")
+            raise UserError("expected a question and its answer, such as 'Ann has 3 apples and buys 4: how many? #### 7', "
+                            f"not {text!r}")
         return Problem(question.strip(), (), answer)
 
     # --- Text ---

@@ -46,18 +46,18 @@ class Task(ABC):
         return list(islice(self.draws(split, seed), count))
 
     def draws(self, split: str, seed: int | str) -> Iterator[Any]:
-        """The same as an endless iterator. Raises ValueError for an unknown split; when drawn from, for one without problems."""
+        """The same as an endless iterator. Raises UserError for an unknown split; when drawn from, for one without problems."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         return self.drawn(split, random.Random(f"{seed}/{split}"))
 
     @abstractmethod
     def drawn(self, split: str, rng: random.Random) -> Iterator[Any]:
-        """Endlessly, problems of one split; no problem is in two. Raises ValueError with the fix if there are none."""
+        """Endlessly, problems of one split; no problem is in two. Raises UserError with the fix if there are none."""
 
     @abstractmethod
     def parse(self, text: str) -> Any:
-        """A problem from a user's words. Raises ValueError with an example."""
+        """A problem from a user's words. Raises UserError with an example."""
 
     # --- Text ---
 
@@ -72,6 +72,11 @@ class Task(ABC):
     @abstractmethod
     def warm_trace(self, problem: Any, rng: random.Random) -> tuple[list[int], list[float]]:
         """A response to learn before RL begins, and the weight of each of its tokens in the loss."""
+
+    @property
+    def forced_tokens(self) -> int:
+        """The most that a forced answer takes, with its `</think> <answer>` and `</answer>`."""
+        return len(self.forced_stop) + self.answer_tokens
 
     def thinking_tokens(self, response: Sequence[int]) -> int:
         """How many tokens a response thought before it answered: all, if it was cut off first."""

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import kernels
 from kernels import reference
-from nanomrt.config import UserError
+from nanomrt.config import UserError, command
 from nanomrt.report import COLOURS, blank_figure, write_json
 from nanomrt.run import commit
 
@@ -646,8 +646,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

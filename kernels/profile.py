@@ -16,7 +16,6 @@ back. What stands above the floor is what fusing could save; a file of kernels h
 import argparse
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels
 from kernels.bench import attention_flops, gpu_name, lognormal_lengths, machine, table
-from nanomrt.config import UserError
+from nanomrt.config import UserError, command
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.mrt import clipped_loss
 from nanomrt.report import write_json
@@ -163,8 +162,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanomrt.config import UserError
 from nanomrt.files import aside
 from nanomrt.model import Llama, ModelConfig
 from nanomrt.tokenizer import Tokenizer
@@ -73,46 +74,46 @@ def damage(folder: Path) -> str | None:
 
 
 def newest(checkpoints: Path) -> Path:
-    """The newest good checkpoint among step-… folders; names every damaged one on stderr. Raises FileNotFoundError."""
+    """The newest good checkpoint among step-… folders; names every damaged one on stderr. Raises UserError."""
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         problem = damage(folder)
         if problem is None:
             return folder
         print(f"warning: checkpoint {folder} is damaged ({problem}); using the one before", file=sys.stderr)
-    raise FileNotFoundError(f"no good checkpoint in {checkpoints}: train first, with python train.py config/small.py")
+    raise UserError(f"no good checkpoint in {checkpoints}: train first, with python train.py config/small.py")
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu", kind: type[Llama] = Llama) -> Llama:
-    """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises FileNotFoundError when a file is
-    missing, and ValueError when one is damaged, does not fit the other, or asks for what is not supported."""
+    """A model from a checkpoint folder, ours or Hugging Face's (one model.safetensors). Raises UserError when a file is
+    missing or damaged, does not fit the other, or asks for what is not supported."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no checkpoint folder: it has no {name} (weights in several files, or in "
+            raise UserError(f"{folder} is no checkpoint folder: it has no {name} (weights in several files, or in "
                                     "pytorch_model.bin: load them with transformers, and save_pretrained(folder, "
                                     "max_shard_size='100GB'))")
     try:
         model = kind(from_hf(json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({error}): take another checkpoint") from None
+        raise UserError(f"{folder} cannot be loaded ({error}): take another checkpoint") from None
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{folder}: its config.json describes no model ({error!r}): take another checkpoint") from None
+        raise UserError(f"{folder}: its config.json describes no model ({error!r}): take another checkpoint") from None
     if model.config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     if misfit := min(_shapes(model.state_dict()) ^ _shapes(weights), default=None):
-        raise ValueError(f"{folder}: its weights are not those of a {kind.__name__} of its config.json, as {misfit} shows: take "
-                         "another checkpoint")
+        raise UserError(f"{folder}: its weights are not those of a {kind.__name__} of its config.json, as {misfit} shows: take "
+                        "another checkpoint")
     if not finite(weights.values()):
-        raise ValueError(f"{folder} holds weights that are not finite, its training diverged: take an earlier checkpoint, or "
-                         "train anew with a lower learning rate")
+        raise UserError(f"{folder} holds weights that are not finite, its training diverged: take an earlier checkpoint, or "
+                        "train anew with a lower learning rate")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return model.to(device)
 
 
 def load_training(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the optimiser in place and return the saved state. Raises FileNotFoundError if only weights were saved."""
+    """Restore the optimiser in place and return the saved state. Raises UserError if only weights were saved."""
     if not (folder / "optimizer.safetensors").is_file():
-        raise FileNotFoundError(f"{folder} has no optimizer.safetensors: --init_from={folder} begins a new run with its weights")
+        raise UserError(f"{folder} has no optimizer.safetensors: --init_from={folder} begins a new run with its weights")
     tensors = load_file(folder / "optimizer.safetensors")
     template = optimizer.state_dict()
     template["state"] = {}
@@ -132,19 +133,19 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 def from_hf(config: dict) -> ModelConfig:
-    """Read Hugging Face's keys. Raises ValueError for what this model does not do."""
+    """Read Hugging Face's keys. Raises UserError for what this model does not do."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type={kind!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model_type={kind!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"RoPE scaling {rope} is not supported: only plain rotary positions are")
+        raise UserError(f"RoPE scaling {rope} is not supported: only plain rotary positions are")
     if kind == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
-        raise ValueError("a Llama with attention_bias or mlp_bias is not supported: it has a bias on o_proj or in the MLP")
+        raise UserError("a Llama with attention_bias or mlp_bias is not supported: it has a bias on o_proj or in the MLP")
     if config.get("use_sliding_window"):
-        raise ValueError("use_sliding_window is not supported")
+        raise UserError("use_sliding_window is not supported")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported: only silu is")
+        raise UserError(f"hidden_act={config['hidden_act']!r} is not supported: only silu is")
     heads = config["num_attention_heads"]
     return ModelConfig(
         vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],

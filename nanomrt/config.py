@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import runpy
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from nanomrt.files import replace_text
 
@@ -24,14 +25,14 @@ CHOICES = {
     "algorithm": ALGORITHMS,
     "task": ("countdown", "gsm8k"),
     "advantage_norm": ("mean", "mean_std", "rloo"),
-    "progress_norm": ("none", "std", "mean", "mean_std", "group_std"),
+    "progress_norm": ("none", "std", "mean_std"),
     "loss_norm": ("token", "sequence", "constant"),
     "kl_estimator": ("k2", "k3", "k1_reward"),
     "truncated": ("zero", "mask"),
     "equal_groups": ("keep", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
-SUPERVISED = ("sft", "star", "mrt_star")  # what they learn from was not sampled as it stands
+SUPERVISED = ("sft", "star", "mrt_star")  # their loss is a log-likelihood: no probability ratio, no clip
 READ_BY = {  # keys that training reads with some methods, and with no other
     "alpha": ("mrt_online", "mrt", "mrt_b"),
     "gamma": ("mrt_online",),
@@ -47,8 +48,17 @@ READ_BY = {  # keys that training reads with some methods, and with no other
 }
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can fix; its message says how. Commands show it without a traceback."""
+
+
+def command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a program and exit with its status; a UserError is one line on stderr, and status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def key(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
@@ -146,7 +156,7 @@ class RunConfig:
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo; 0: none, J is a probability", 0)
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
-    progress_norm: str = key("mean_std", "progress: none, std (over its root mean square), mean (centred), mean_std, group_std")
+    progress_norm: str = key("mean_std", "progress: none (as it is), std (over its root mean square), mean_std (centred first)")
     loss_norm: str = key("token", "what the summed loss is divided by: token, sequence or constant")
     equal_groups: str = key("keep", "groups without any advantage, as of equal outcomes: keep, or skip (DAPO)")
     clip_low: float = key(0.2, "lower clip of the probability ratio, 1 - clip_low", 0, 1)
@@ -173,54 +183,58 @@ class RunConfig:
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
+                raise UserError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{f.name}={value} must be a finite number")
+                raise UserError(f"{f.name}={value} must be a finite number")
             if not (low is None or low <= value) or not (high is None or value <= high):
-                raise ValueError(f"{f.name}={value} must " + (f"be at least {low}" if high is None else f"lie in {low}..{high}"))
-        checks = [
-            (self.algorithm != "mrt" or self.group_size % 2 == 0,
+                raise UserError(f"{f.name}={value} must " + (f"be at least {low}" if high is None else f"lie in {low}..{high}"))
+        mistakes = [
+            (self.algorithm == "mrt" and self.group_size % 2,
              f"group_size={self.group_size} must be even for algorithm=mrt: half of a group stops at the cut"),
-            (self.prompts_per_step * self.group_size % self.minibatches == 0,
+            (self.prompts_per_step * self.group_size % self.minibatches,
              f"prompts_per_step * group_size = {self.prompts_per_step * self.group_size} must be divisible by "
              f"minibatches={self.minibatches}"),
-            (self.longest_context <= self.max_position_embeddings,
+            (self.longest_context > self.max_position_embeddings,
              f"prompt + budget + answer can take {self.longest_context} tokens, more than max_position_embeddings="
              f"{self.max_position_embeddings}: raise it, or {self.shorten}"),
-            (not self.warm_from or self.task != "countdown",
+            (self.warm_from and self.task == "countdown",
              "warm_from brings a vocabulary of its own, and Countdown has one token per number: leave it empty, or task=gsm8k"),
-            (self.warm_from or self.task != "gsm8k",
+            (not self.warm_from and self.task == "gsm8k",
              "task=gsm8k begins with a pretrained model, which knows language: name its folder with --warm_from=…"),
-            (self.temperature > 0, "temperature must be positive: RL needs a distribution to learn from"),
-            *((getattr(self, name) > 0, f"{name} must be positive") for name in ("learning_rate", "grad_clip", "J_discount")),
-            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.algorithm in ("grpo", "mrt_online", "mrt", "mrt_b"),
+            (self.temperature <= 0, "temperature must be positive: RL needs a distribution to learn from"),
+            *((getattr(self, name) <= 0, f"{name} must be positive") for name in ("learning_rate", "grad_clip", "J_discount")),
+            (self.k1_in_reward and self.algorithm not in ("grpo", "mrt_online", "mrt", "mrt_b"),
              f"kl_estimator=k1_reward is part of the reward, whose size algorithm={self.algorithm} doesn't follow: use k2"),
-            (not self.kl_coef or self.kl_estimator != "k1_reward" or self.equal_groups == "keep",
+            (self.k1_in_reward and self.equal_groups == "skip",
              "kl_estimator=k1_reward makes the rewards of every group differ, so equal_groups=skip would skip none: use k2"),
-            (not self.repeat_penalty or self.algorithm in READ_BY["repeat_penalty"],
+            (self.repeat_penalty and self.algorithm not in READ_BY["repeat_penalty"],
              f"repeat_penalty is part of the credit of {', '.join(READ_BY['repeat_penalty'])}: leave it at 0 for algorithm="
              f"{self.algorithm}"),
-            (not self.repeat_penalty or self.task == "countdown",
+            (self.repeat_penalty and self.task != "countdown",
              "repeat_penalty knows how long an attempt is in Countdown only: leave it at 0"),
-            (self.importance_cap == 0 or self.importance_cap >= 1, "importance_cap must be 0 (off) or at least 1"),
-            (not self.importance_cap or self.algorithm not in SUPERVISED,
-             f"importance_cap corrects for who sampled, and algorithm={self.algorithm} learns what nobody sampled as it stands: "
-             "leave it at 0"),
-            (self.forks < 2 or self.fork_temperature > 0 or self.algorithm == "vineppo",  # its forks go on, at `temperature`
+            (self.importance_cap and self.importance_cap < 1, "importance_cap must be 0 (off) or at least 1"),
+            (self.importance_cap and self.algorithm in SUPERVISED,
+             f"importance_cap is for probability ratios, and the loss of algorithm={self.algorithm} has none: leave it at 0"),
+            (self.forks > 1 and self.fork_temperature == 0 and self.algorithm != "vineppo",  # its forks go on, at `temperature`
              f"forks={self.forks} greedy answers would all be the same: set fork_temperature, or forks=1"),
-            (self.forks or self.fork_temperature > 0,
+            (self.forks == 0 and self.fork_temperature == 0,
              "forks=0 asks how probable a right answer is, and greedy answers aren't drawn: set fork_temperature, such as 1"),
-            (self.forks or self.algorithm not in ("vineppo", "mrt_star"),
+            (self.forks == 0 and self.algorithm in ("vineppo", "mrt_star"),
              f"forks=0 samples no branch, and algorithm={self.algorithm} needs one: set forks to 1 or more"),
-            (self.num_attention_heads % self.num_key_value_heads == 0,
+            (self.num_attention_heads % self.num_key_value_heads,
              "num_attention_heads must be a multiple of num_key_value_heads"),
-            (self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs"),
+            (self.head_dim % 2, f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs"),
         ]
-        for holds, message in checks:
-            if not holds:
-                raise ValueError(message)
+        for wrong, message in mistakes:
+            if wrong:
+                raise UserError(message)
+
+    @property
+    def k1_in_reward(self) -> bool:
+        """Whether the KL to the starting policy is taken from the rewards."""
+        return self.kl_coef != 0 and self.kl_estimator == "k1_reward"
 
     @property
     def longest_context(self) -> int:
@@ -272,17 +286,17 @@ def _typed(name: str, value: Any, source: str) -> Any:
     """`value` as the type of key `name`; a command line gives text, a file gives Python values."""
     if name not in KEYS:
         near = difflib.get_close_matches(name, KEYS, n=1)
-        raise ValueError(f"{source}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all"))
+        raise UserError(f"{source}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all"))
     wanted = KEYS[name].type
     if source == "command line" and wanted is not str:
         try:
             return BOOLS[value.lower()] if wanted is bool else wanted(value)
         except (KeyError, ValueError):
-            raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}") from None
+            raise UserError(f"{source}: {name}={value!r} must be {wanted.__name__}") from None
     if wanted is float and type(value) is int:
         return float(value)
     if type(value) is not wanted:
-        raise ValueError(f"{source}: {name}={value!r} must be {wanted.__name__}, not {type(value).__name__}")
+        raise UserError(f"{source}: {name}={value!r} must be {wanted.__name__}, not {type(value).__name__}")
     return value
 
 
@@ -292,13 +306,13 @@ def file_values(path: str | Path) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
-    """The config of a file, with overrides. Raises ValueError with the fix in its message."""
+    """The config of a file, with overrides. Raises UserError with the fix in its message."""
     values = _read_file(Path(path)) | {name: _typed(name, value, "command line") for name, value in (overrides or {}).items()}
     return RunConfig(**values)
 
 
 def with_overrides(config: RunConfig, overrides: dict[str, str]) -> RunConfig:
-    """The same config but for some keys, given as text. Raises ValueError with the fix in its message."""
+    """The same config but for some keys, given as text. Raises UserError with the fix in its message."""
     return replace(config, **{name: _typed(name, value, "command line") for name, value in overrides.items()})
 
 
@@ -307,14 +321,14 @@ def reads(algorithm: str, name: str) -> bool:
 
 
 def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
-    """Raises ValueError if algorithm or task don't read one of these keys, which a user has set: it would change nothing."""
+    """Raises UserError if algorithm or task don't read one of these keys, which a user has set: it would change nothing."""
     for name in names:
         for task in TASK_KEYS.keys() - {config.task}:
             if name in TASK_KEYS[task] or task == "countdown" and name.startswith(COUNTDOWN_ONLY):
-                raise ValueError(f"{name} changes nothing with task={config.task}: leave it out, or set task={task}")
+                raise UserError(f"{name} changes nothing with task={config.task}: leave it out, or set task={task}")
         if not reads(config.algorithm, name):
-            raise ValueError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
-                             f"that reads it ({', '.join(READ_BY[name])})")
+            raise UserError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
+                            f"that reads it ({', '.join(READ_BY[name])})")
 
 
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -322,27 +336,27 @@ def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     this one."""
     if not path.is_file():
         named = f", the base of {above[-1]}" if above else ""
-        raise ValueError(f"no config file {path}{named}; those that come with nanomrt are config/*.py")
+        raise UserError(f"no config file {path}{named}; those that come with nanomrt are config/*.py")
     if path.resolve() in [file.resolve() for file in above]:
         circle = " -> ".join(file.name for file in (*above, path))
-        raise ValueError(f"{path}: builds on itself, {circle}: leave out one `base`")
+        raise UserError(f"{path}: builds on itself, {circle}: leave out one `base`")
     values = {name: value for name, value in _run(path).items() if not name.startswith("__")}
     base = values.pop("base", "")
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base={base!r} must be the name of a config file, such as 'small.py'")
+        raise UserError(f"{path}: base={base!r} must be the name of a config file, such as 'small.py'")
     inherited = _read_file(path.parent / base, (*above, path)) if base else {}
     return inherited | {name: _typed(name, value, str(path)) for name, value in values.items()}
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """What a config file leaves behind. Raises ValueError that says where it fails, and how."""
+    """What a config file leaves behind. Raises UserError that says where it fails, and how."""
     try:
         return runpy.run_path(str(path))
     except Exception as error:  # it is code, so it can raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else path
-        raise ValueError(f"{where}: {type(error).__name__}: {error}; a config file holds plain assignments, such as "
-                         "alpha = 1.0") from None
+        raise UserError(f"{where}: {type(error).__name__}: {error}; a config file holds plain assignments, such as "
+                        "alpha = 1.0") from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, str]:
@@ -351,11 +365,11 @@ def parse_overrides(arguments: list[str]) -> dict[str, str]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"expected --key=value, not {word!r}")
+            raise UserError(f"expected --key=value, not {word!r}")
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{name} needs a value: --{name}=…")
+                raise UserError(f"--{name} needs a value: --{name}=…")
             value = rest.pop(0)
         overrides[name.replace("-", "_")] = value
     return overrides
@@ -398,15 +412,15 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def read_config(path: Path) -> RunConfig:
-    """The config that a run saved; a key that it lacks came later, and has its default. Raises ValueError that names the file."""
+    """The config that a run saved; a key that it lacks came later, and has its default. Raises UserError that names the file."""
     try:
         saved = json.loads(path.read_text())
     except ValueError:
         saved = None
     if not isinstance(saved, dict):
-        raise ValueError(f"{path} is damaged: put back what the first line of metrics.jsonl has as `config`, or train anew")
+        raise UserError(f"{path} is damaged: put back what the first line of metrics.jsonl has as `config`, or train anew")
     values = {name: _typed(name, value, str(path)) for name, value in saved.items()}
     try:
         return RunConfig(**values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None

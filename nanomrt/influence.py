@@ -20,7 +20,6 @@ Dimension key: N packed tokens, B rollouts, E episodes, n places of a kind, C wi
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,13 +28,12 @@ from torch import Tensor
 
 import kernels
 from data import load_task
-from nanomrt import checkpoint
-from nanomrt.config import RunConfig, UserError, parse_arm, read_config, with_overrides
+from nanomrt.config import RunConfig, UserError, command, parse_arm, with_overrides
 from nanomrt.methods import METHODS, Gathered, traces, traces_for_progress, traces_with_J
 from nanomrt.metrics import bootstrap
 from nanomrt.model import Llama, Packed, micro_batches
 from nanomrt.mrt import Batch, likelihood_loss, token_weights
-from nanomrt.run import generator_for
+from nanomrt.run import generator_for, open_run
 from train import rescore, score, starting_policy
 
 STEP = 0.01  # length of the gradient step, in parameter space
@@ -50,18 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--algorithms", default="grpo,mrt_online", help="credits, as for compare.py: grpo,mrt_online+alpha=2")
     parser.add_argument("--problems", type=int, default=64, help="train problems, with a group of rollouts each")
     args = parser.parse_args(argv)
-    if not (args.run / "config.json").is_file():
-        raise UserError(f"{args.run} is no run: it has no config.json; train one with python train.py config/small.py")
     if args.problems < 1:
         raise UserError(f"--problems={args.problems}: ask for at least one")
-    try:
-        config = read_config(args.run / "config.json")
-        arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
-        folder = args.checkpoint or checkpoint.newest(args.run / "checkpoints")
-        task = load_task(config, folder)
-        problems = task.problems("train", args.problems, "influence")
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from None
+    config, folder = open_run(args.run, args.checkpoint)
+    arms = {arm: arm_config(config, arm) for arm in args.algorithms.split(",")}
+    task = load_task(config, folder)
+    problems = task.problems("train", args.problems, "influence")
     model = starting_policy(folder, task, config, "cpu")  # in fp32: (2) is a small difference, and bf16 would round it away
     gathered = traces_with_J(model, task, problems, config, generator_for(config.seed, "influence", 0))
     print(table(model, gathered, task.close_thinking, config, arms))
@@ -69,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arm_config(config: RunConfig, arm: str) -> RunConfig:
-    """The config of 'mrt_online+alpha=2'. Raises ValueError unless its credit is given to whole traces."""
+    """The config of 'mrt_online+alpha=2'. Raises UserError unless its credit is given to whole traces."""
     algorithm, keys = parse_arm(arm)
     config = with_overrides(config, {"algorithm": algorithm, **keys})
     possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J, traces_for_progress)]
     if config.algorithm not in possible:
-        raise ValueError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")
+        raise UserError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")
     return config
 
 
@@ -193,8 +185,4 @@ def table(model: Llama, gathered: Gathered, stop: int, config: RunConfig, arms: 
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(main)

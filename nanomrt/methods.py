@@ -38,9 +38,9 @@ from nanomrt.rollout import (
     example,
     force_answers,
     go_on,
+    graded,
     roll_out,
     training_sampling,
-    written,
 )
 
 
@@ -184,7 +184,7 @@ def best_prefixes(model, task, problems, config, generator) -> Gathered:
         right = [answer for answer, verdict in forced.branches[i] if verdict == 1]
         if right:
             tokens[r] = rollouts.tokens[r][: position[i]] + right[0]
-    kept = written(task, rollouts.problems, rollouts.prompt_id, tokens)
+    kept = graded(task, rollouts.problems, rollouts.prompt_id, tokens)
     batch = kept.batch(model.device)
     return Gathered(kept, batch, None, gathered.trace_tokens, forced.generated, time.perf_counter() - began)
 
@@ -194,7 +194,7 @@ def search_traces(model, task, problems, config, generator) -> Gathered:
     rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
     owner = [i for i in range(len(problems)) for _ in range(config.group_size)]
     tokens = [task.prompt(problems[i]) + task.warm_trace(problems[i], rng)[0] for i in owner]
-    rollouts = written(task, [problems[i] for i in owner], owner, tokens)
+    rollouts = graded(task, [problems[i] for i in owner], owner, tokens)
     return Gathered(rollouts, rollouts.batch(model.device), None, 0)
 
 
@@ -214,8 +214,8 @@ def measured(gathered: Gathered, row: list[int], position: list[int], value: Cal
     J[ask] = forked.J
     at = torch.tensor(row, dtype=torch.int64, device=device)
     place = gathered.batch.offset[at] + torch.tensor(position, dtype=torch.int64, device=device)
-    return Gathered(gathered.rollouts, gathered.batch, episodes_between(at, place, J), gathered.trace_tokens, forked.generated,
-                    time.perf_counter() - began)
+    return replace(gathered, episodes=episodes_between(at, place, J), fork_tokens=forked.generated,
+                   fork_seconds=time.perf_counter() - began)
 
 
 # --- The family ---
@@ -224,18 +224,17 @@ def measured(gathered: Gathered, row: list[int], position: list[int], value: Cal
 class Method(NamedTuple):
     gather: Callable[..., Gathered]
     credit: Callable[[Batch, Episodes | None, RunConfig], Tensor]  # (N,)
-    supervised: bool = False  # the loss is -A log p, not a policy gradient
 
 
 METHODS = {
-    "sft": Method(search_traces, mrt.plain_credit, supervised=True),
-    "star": Method(traces, mrt.imitation_credit, supervised=True),
+    "sft": Method(search_traces, mrt.plain_credit),
+    "star": Method(traces, mrt.imitation_credit),
     "grpo": Method(traces, mrt.outcome_credit),
     "length_penalty": Method(traces, mrt.short_outcome_credit),
     "mrt_online": Method(traces_for_progress, mrt.progress_credit),
     "mrt": Method(prefix_form, mrt.progress_credit),
     "mrt_b": Method(after_an_attempt, mrt.prefix_bonus_credit),
-    "mrt_star": Method(best_prefixes, mrt.imitation_credit, supervised=True),
+    "mrt_star": Method(best_prefixes, mrt.imitation_credit),
     "vineppo": Method(traces_with_V, mrt.value_credit),
     "anytime": Method(traces_with_J, mrt.anytime_credit),
 }

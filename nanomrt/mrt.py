@@ -10,8 +10,8 @@ over the right answers as the warm start writes them. Equations, whose numbers s
     (3) A_j        = A_outcome + alpha · credit_j                           every token of episode j; the answer's have A_outcome
     (4) loss       = - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t),   r_t = pi(a_t) / pi_old(a_t), w_t: `loss_norm`
 
-J_{j-1} is a baseline, so an episode's bonus climbs E[(d - gamma) J_j + gamma (d - gamma) J_{j+1} + … + gamma^{T-j} d J_T]: being
-right after it and, discounted, after later ones.
+The tokens of episode j can't change J_{j-1}, so on average their bonus rewards (d - gamma) J_j + gamma (d - gamma) J_{j+1} + … +
+gamma^{T-j} d J_T: being right after the episode and, discounted, after later ones.
 alpha = 0 is (0), GRPO. What makes MRT different is that credit stays with the episode that made the progress (arXiv 2503.07572).
 Progress is normalised over the batch. Centred, it puts a price on an episode that changes nothing, the mean; config/small.py does
 not centre, and charges 1 - d where the answer is known.
@@ -69,8 +69,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Episodes:
-    """The E episodes of a batch, rollout after rollout, first to last. For vineppo J is V, the mean reward of going on, and for
-    mrt_b the J after what follows the first attempt is the verdict."""
+    """The E episodes of a batch, rollout after rollout, first to last. For vineppo J is V, the mean reward of going on. For
+    mrt_b the one episode is all that follows the first attempt, and J_after is the verdict."""
 
     row: Tensor  # (E,) int64, ascending
     start: Tensor  # (E,) int64, first token on the flat axis
@@ -116,8 +116,8 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
 def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     """(2): an episode's own progress plus gamma times the next one's credit in the same rollout. (E,) -> (E,).
 
-    With d = 1, gamma = 1 telescopes to J_T - J_{j-1}: a better baseline, the same objective. Centred, each later episode charges
-    the earlier ones, too.
+    With d = 1 and gamma = 1 the credit is J_T - J_{j-1}: the outcome with a better baseline. If progress is centred, earlier
+    episodes also pay the price of each later one.
 
     >>> discounted_credit(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 0, 1]), 0.5)
     tensor([3., 4., 4., 8.])
@@ -131,20 +131,17 @@ def discounted_credit(progress: Tensor, row: Tensor, gamma: float) -> Tensor:
     return torch.tensor(credit, dtype=progress.dtype, device=progress.device)
 
 
-def normalise(progress: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
-    """Progress relative to that of other episodes. (E,), (E,) -> (E,).
+def normalise(progress: Tensor, norm: str) -> Tensor:
+    """Progress relative to that of the batch's other episodes. (E,) -> (E,).
 
-    none: as it is; mean: minus the batch's mean, so that an episode with average progress gets 0; mean_std: and divided by the
-    std; group_std: minus the mean over the episodes of the same problem instead, divided by the std of what is left;
-    std: divided by its root mean square and not centred, so that an episode without progress costs nothing.
+    none: as it is; std: divided by its root mean square, so that an episode without progress costs nothing; mean_std: minus its
+    mean first, so that an episode costs the mean progress.
     """
     if norm == "none" or len(progress) == 0:
         return progress
-    if norm == "group_std":
-        progress = group_advantage(progress, prompt_id, "mean")
-    elif norm != "std":
+    if norm == "mean_std":
         progress = progress - progress.mean()
-    return progress if norm == "mean" else progress / (progress.square().mean().sqrt() + 1e-6)
+    return progress / (progress.square().mean().sqrt() + 1e-6)
 
 
 def spread(batch: Batch, episodes: Episodes, credit: Tensor) -> Tensor:
@@ -183,8 +180,8 @@ def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -
     """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`.
 
     With `repeat_penalty`, minus that for every token of an n-gram that the same rollout has written before (Yeo et al., arXiv
-    2502.03373), n being the length of an attempt. An n-gram may begin anywhere: what ends like the attempt before the first one
-    is charged with a repeat of that one, a `no` above all.
+    2502.03373), n being the length of an attempt. An n-gram may begin anywhere, so a repeat also charges the tokens
+    just before it if they equal those before the first copy: mostly the `no` of the attempt before.
     """
     advantage = group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row]  # (N,)
     if config.repeat_penalty:
@@ -208,9 +205,9 @@ def progress_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) 
     go on costs 1 - J_discount where the answer is known and nothing where it isn't; progress_norm=std adds no other price.
     """
     advantage = outcome_credit(batch, episodes, config)
-    if episodes is None or config.alpha == 0:
+    if episodes is None:
         return advantage
-    progress = normalise(episodes.progress(config.J_discount), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    progress = normalise(episodes.progress(config.J_discount), config.progress_norm)  # (E,)
     credit = discounted_credit(progress, episodes.row, config.gamma)  # (E,)
     return advantage + config.alpha * spread(batch, episodes, credit) * batch.is_action  # (3)
 
@@ -219,7 +216,7 @@ def prefix_bonus_credit(batch: Batch, episodes: Episodes | None, config: RunConf
     """MRT's backtracking form: reward + alpha · (reward - J(z_1)) for all that follows the first attempt z_1, relative to the
     group. The rows of a group begin with attempts of their own, or the bonus would cancel with the group's mean. Qu et al., arXiv
     2503.07572, where z_1 is a failed attempt; here it may be right, and going on is worth nothing then."""
-    if episodes is None or config.alpha == 0:
+    if episodes is None:
         return outcome_credit(batch, episodes, config)
     bonus = torch.zeros_like(batch.reward).index_add(0, episodes.row, episodes.progress())  # (B,)
     reward = batch.reward + config.alpha * bonus
@@ -230,7 +227,7 @@ def value_credit(batch: Batch, episodes: Episodes, config: RunConfig) -> Tensor:
     """VinePPO: A_j = V(c_j) - V(c_{j-1}), where V is the mean reward of *continuing* and V after the last token the reward
     itself. Over a rollout it sums to reward - V(c_0), the outcome, and no other term is needed. That is `progress_norm` none, or
     std up to a factor; centred, every episode has a price as well. Kazemnejad et al., arXiv 2410.01679."""
-    difference = normalise(episodes.progress(), batch.prompt_id[episodes.row], config.progress_norm)  # (E,)
+    difference = normalise(episodes.progress(), config.progress_norm)  # (E,)
     return spread(batch, episodes, difference) * batch.is_action
 
 

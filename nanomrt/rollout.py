@@ -4,7 +4,7 @@ This is where problems, tokens and verdicts meet; `mrt.py` only ever sees the te
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Rollouts:
 
     def response(self, row: int) -> list[int]:
         return self.tokens[row][self.prompt_length[row] :]
+
+    def responses(self) -> list[list[int]]:
+        return [self.response(row) for row in range(len(self.tokens))]
 
     def batch(self, device: torch.device | str = "cpu") -> Batch:
         """The flat tensors that the loss reads, on the sampler's device or, without one, on `device`. Tokens before the branch
@@ -73,16 +76,15 @@ def continue_from(model: Llama, task: Task, problems: Sequence, prefix: Segments
     samples = branch(model, prefix, segment, contexts, forced, sampling, generator)
     tokens = [[*context[:start], *row] for context, start, row in
               zip(contexts, samples.branches.position.tolist(), samples.rows())]
-    prompt_length = [len(task.prompt(problem)) for problem in problems]
-    reward = grade(task, problems, [row[n:] for row, n in zip(tokens, prompt_length)])
-    return Rollouts(list(problems), list(prompt_id), tokens, prompt_length, reward, samples)
+    return graded(task, problems, prompt_id, tokens, samples)
 
 
-def written(task: Task, problems: Sequence, prompt_id: Sequence[int], tokens: Sequence[list[int]]) -> Rollouts:
-    """Traces to imitate that the policy did not sample, or not as they stand, with their verdicts."""
+def graded(task: Task, problems: Sequence, prompt_id: Sequence[int], tokens: Sequence[list[int]],
+           samples: Samples | None = None) -> Rollouts:
+    """Traces (prompt and response) with their verdicts. Without `samples` nobody sampled them as they stand."""
     prompt_length = [len(task.prompt(problem)) for problem in problems]
     reward = grade(task, problems, [row[n:] for row, n in zip(tokens, prompt_length)])
-    return Rollouts(list(problems), list(prompt_id), list(tokens), prompt_length, reward, None)
+    return Rollouts(list(problems), list(prompt_id), list(tokens), prompt_length, reward, samples)
 
 
 def roll_out(model: Llama, task: Task, problems: Sequence, group_size: int, sampling: Sampling,
@@ -108,36 +110,36 @@ def force_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[in
     """J at each (row, position): stop the thinking there, answer `forks` times, take the mean verdict; 0: `weigh_answers`."""
     if forks == 0:
         return weigh_answers(model, task, rollouts, row, position, temperature)
-    sampling = Sampling(task.answer_tokens, (task.close_answer,), temperature)
-    return fork(model, task, rollouts, row, position, task.forced_stop, forks, sampling, generator)
+    room = [task.answer_tokens] * len(row)
+    return fork(model, task, rollouts, row, position, task.forced_stop, room, forks, temperature, generator)
 
 
 def go_on(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], config: RunConfig,
           generator: torch.Generator) -> Forked:
-    """V at each (row, position): go on from there `forks` times as in training, take the mean verdict. A whole trace too
-    long for training is wrong."""
-    return fork(model, task, rollouts, row, position, [], config.forks, training_sampling(task, config), generator)
+    """V at each (row, position): go on `forks` times, with what is left of training's budget, and take the mean verdict."""
+    most = training_sampling(task, config).max_new_tokens
+    room = [max(most - p + rollouts.prompt_length[r], 1) for r, p in zip(row, position)]
+    return fork(model, task, rollouts, row, position, [], room, config.forks, config.temperature, generator)
 
 
-def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forced: list[int], forks: int,
-         sampling: Sampling, generator: torch.Generator | None) -> Forked:
-    """`forks` branches at each (row, position), from its trace's cache.
+def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int], forced: list[int],
+         room: Sequence[int], forks: int, temperature: float, generator: torch.Generator | None) -> Forked:
+    """`forks` branches of at most `room` new tokens at each (row, position), from its trace's cache.
 
     Equal contexts have equal values and are asked once: all rollouts of a prompt share J_0, and many share their first attempt.
     """
     if not row:
         return Forked(torch.zeros(0, device=model.device), [], 0)
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
-    asked = {context: r for context, r in zip(contexts, row)}  # each context, and a row that has it cached
-    rows = [r for r in asked.values() for _ in range(forks)]
-    if not forced:  # V: a branch gets what its prefix has left of training's budget
-        room = [sampling.max_new_tokens - len(c) + rollouts.prompt_length[r] for c, r in asked.items() for _ in range(forks)]
-        sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.device).clamp(min=1))
-    samples = branch(model, rollouts.samples.segments(), rows, [context for context in asked for _ in range(forks)],
-                     [forced] * len(rows), sampling, generator, keep=False)
+    asked = {context: i for i, context in enumerate(contexts)}  # each context, and a place where it is cached
+    which = [i for i in asked.values() for _ in range(forks)]  # the place of each branch
+    rows = [row[i] for i in which]
+    sampling = Sampling(torch.tensor([room[i] for i in which], device=model.device), (task.close_answer,), temperature)
+    samples = branch(model, rollouts.samples.segments(), rows, [contexts[i] for i in which], [forced] * len(rows), sampling,
+                     generator, keep=False)
     answers = samples.rows()
-    graded = list(zip(answers, grade(task, [rollouts.problems[r] for r in rows], answers)))
-    own = {context: graded[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
+    verdicts = list(zip(answers, grade(task, [rollouts.problems[r] for r in rows], answers)))
+    own = {context: verdicts[i * forks : (i + 1) * forks] for i, context in enumerate(asked)}
     branches = [own[context] for context in contexts]
     J = [sum(verdict for _, verdict in some) / forks for some in branches]
     return Forked(torch.tensor(J, device=model.device), branches, samples.generated)
@@ -145,9 +147,9 @@ def fork(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], posit
 
 def weigh_answers(model: Llama, task: Task, rollouts: Rollouts, row: Sequence[int], position: Sequence[int],
                   temperature: float) -> Forked:
-    """What all right answers, as the warm start writes them, have in probability at each (row, position): the J that ever more
-    forced answers come to, if the policy writes right answers in no other way, and less than that if it does. None is sampled, so
-    there are no branches; the ledger counts the tokens weighed."""
+    """J without sampling, at each (row, position): the summed probability of the right answers as the warm start writes them. The
+    mean of ever more forced answers comes to this, or to more if the policy also writes right answers in other ways. There are no
+    branches; the ledger counts the tokens weighed."""
     contexts = [tuple(rollouts.tokens[r][:p]) for r, p in zip(row, position)]
     J = dict.fromkeys(contexts, 0.0)
     cases = [(r, context, answer) for context, r in dict(zip(contexts, row)).items()
@@ -176,7 +178,7 @@ def boundaries(task: Task, rollouts: Rollouts) -> tuple[list[int], list[int]]:
 
 def training_sampling(task: Task, config: RunConfig) -> Sampling:
     """How training samples: room for the thinking budget and an answer, temperature and nothing else."""
-    new_tokens = config.thinking_budget + len(task.forced_stop) + task.answer_tokens
+    new_tokens = config.thinking_budget + task.forced_tokens
     return Sampling(new_tokens, (task.close_answer,), config.temperature)
 
 

@@ -56,7 +56,7 @@ def device_of(config: RunConfig) -> str:
 
 
 def choose_device(config: RunConfig) -> str:
-    """The same, and on a CPU as many threads as the config asks for; it says so in one line."""
+    """`device_of`; on a CPU this also sets the number of threads, and prints one line."""
     device = device_of(config)
     if device == "cpu":
         if config.threads:
@@ -103,7 +103,7 @@ class Run:
             try:
                 model.load_state_dict(checkpoint.load_model(newest, self.device).state_dict())
                 state = checkpoint.load_training(newest, optimizer)
-            except (FileNotFoundError, ValueError) as error:
+            except ValueError as error:
                 raise UserError(f"cannot resume: {error}") from None
             self.step, self.ledger, self.seconds = state["step"], state["ledger"], state["seconds"]
             self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
@@ -127,7 +127,7 @@ class Run:
         """The checkpoint to resume from; None if the run was stopped before it had one."""
         try:
             return checkpoint.newest(self.checkpoints)
-        except FileNotFoundError:
+        except UserError:
             print("no good checkpoint yet: beginning again from the warm start")
             return None
 
@@ -203,15 +203,12 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     if not words or words[0].startswith("--"):
         raise UserError(f"which config? {USAGE}")
     path, *rest = words
-    try:
-        overrides = parse_overrides(rest)
-        config = load_config(path, overrides)
-        refuse_unread(config, overrides)
-        folder = Path(config.out_dir) / run_name(path, overrides)
-        saved = folder / "config.json"
-        before = read_config(saved) if saved.is_file() else None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    overrides = parse_overrides(rest)
+    config = load_config(path, overrides)
+    refuse_unread(config, overrides)
+    folder = Path(config.out_dir) / run_name(path, overrides)
+    saved = folder / "config.json"
+    before = read_config(saved) if saved.is_file() else None
     if "--resume" in flags:
         if before is None:
             raise UserError(f"nothing to resume in {folder}: run the same command without --resume")
@@ -222,6 +219,13 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     report.check_writable(folder)
     report.blank_figure(1, 1)  # without matplotlib it says so now, and not after training
     return config, folder, flags
+
+
+def open_run(run: Path, chosen: Path | None = None) -> tuple[RunConfig, Path]:
+    """The config of a run, and a checkpoint: `chosen`, or the run's newest good one. Raises UserError if there is none."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run: it has no config.json; train one with python train.py config/small.py")
+    return read_config(run / "config.json"), chosen or checkpoint.newest(run / "checkpoints")
 
 
 def commit() -> str:

@@ -42,7 +42,7 @@ READ_STEP = {"cpu": 16, "cuda": 512}  # suffixes are read up to a multiple of th
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 
 
-class NoRoom(UserError, ValueError):
+class NoRoom(UserError):
     """What is asked for doesn't fit in memory."""
 
 
@@ -86,7 +86,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    replace: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; to look at, not to train on
+    instead: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; to look at, not to train on
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Samples:
         return self.contexts
 
 
-class Recorder:
+class CachingAttention:
     """`Packed` attention that writes each layer's keys and values (N,K,D) to their places (sequence, step) of a cache."""
 
     def __init__(self, packed: Packed, keys: Tensor, values: Tensor, place: tuple[Tensor, Tensor]):
@@ -147,7 +147,7 @@ def prefill(model: Llama, prompts: Sequence[Sequence[int]], max_tokens: int = 32
         packed = Packed.of(torch.tensor(lengths[some], device=device))
         tokens = torch.tensor([token for prompt in prompts[some] for token in prompt], device=device)  # (N,)
         place = inside[some].nonzero(as_tuple=True)  # (N,), (N,)
-        model(tokens, packed.position_ids, Recorder(packed, keys[:, some], values[:, some], place))
+        model(tokens, packed.position_ids, CachingAttention(packed, keys[:, some], values[:, some], place))
     return Segments(keys, values, step.expand_as(inside).masked_fill(~inside, EMPTY))
 
 
@@ -279,16 +279,16 @@ class Slots:
         Of 6 slots those of 1, 3 and 5 have finished, and row 9 waits: slot 1 takes row 9, so 4 slots remain; 3 is a hole among
         them, and the row of slot 4 moves into it.
         """
-        finished = rows.finished[self.row]  # (n,)
-        count, n = int(finished.sum()), len(self.row)  # here, and only here, the loop waits for the device
+        done = rows.done[self.row]  # (n,)
+        count, n = int(done.sum()), len(self.row)  # here, and only here, the loop waits for the device
         if count == 0 or count * (32 if len(self.waiting) else 8) < n:
             return False  # moving rows pays from an eighth of the slots on, or a thirty-second if rows wait
-        left = finished.nonzero().squeeze(1)
+        left = done.nonzero().squeeze(1)
         if self.contexts is not None:
             self._keep(left)
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         n -= count - len(taken)
-        busy = ~finished
+        busy = ~done
         busy[left[: len(taken)]] = True
         self.row = self.row.index_copy(0, left[: len(taken)], taken)
         holes, movers = (~busy[:n]).nonzero().squeeze(1), busy[n:].nonzero().squeeze(1) + n
@@ -339,7 +339,7 @@ class Slots:
 
 @dataclass
 class Rows:
-    """All R rows while they are sampled. Rows that wait, sample and have ended differ only in `last` and `finished`."""
+    """All R rows while they are sampled. Rows that wait, sample and have ended differ only in `last` and `done`."""
 
     position: Tensor  # (R,) of the first forced token
     given: Tensor  # (R,) forced tokens
@@ -348,7 +348,7 @@ class Rows:
     tokens: Tensor  # (R,T+1) forced, then drawn; the last column is where a full row writes nothing
     logprobs: Tensor  # (R,T+1)
     last: Tensor  # (R,) index of the token that is fed next; all before it are cached
-    finished: Tensor  # (R,) bool
+    done: Tensor  # (R,) bool
     stopped: Tensor  # (R,) bool
 
     @classmethod
@@ -383,13 +383,13 @@ def decode(model: Llama, head: Tensor, rows: Rows, slots: Slots, stop: Tensor, s
     logp = distribution(kernels.logits(hidden, head), sampling)  # (n,V)
     at = at + 1
     forced, full = at < rows.given[row], at == rows.ends[row]
-    going = ~(rows.finished[row] | full)  # a finished row repeats its last step until its slot is taken
+    going = ~(rows.done[row] | full)  # a finished row repeats its last step until its slot is taken
     token = torch.where(forced, rows.tokens[row, at], draw(logp, rows.uniform[row, at], sampling))
     rows.tokens[row, at] = token * going
     rows.logprobs[row, at] = logp.gather(1, token[:, None]).squeeze(1).masked_fill(~going, 0.0)
     stopped = going & ends_with(stop, rows.tokens, row, at, rows.given[row])
     rows.stopped[row] |= stopped
-    rows.finished[row] |= stopped | full
+    rows.done[row] |= stopped | full
     rows.last[row] += going
 
 
@@ -467,8 +467,8 @@ def draw(logp: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     else:
         cdf = logp.exp().cumsum(dim=-1)
         ids = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).squeeze(1)
-    if sampling.replace:
-        ids = ids.masked_fill(ids == sampling.replace[0], sampling.replace[1])
+    if sampling.instead:
+        ids = ids.masked_fill(ids == sampling.instead[0], sampling.instead[1])
     return ids
 
 

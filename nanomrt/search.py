@@ -15,12 +15,13 @@ Left out: votes weighted by the verifier, and look-ahead.
 Dimension key: P problems, R rows sampled together.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.task import Task
 from nanomrt.config import RunConfig
@@ -162,7 +163,7 @@ def linearised(model: Llama, task: Task, problems: Sequence, config: RunConfig, 
     again = (task.open_episode, task.go_back)
     episode = Sampling(task.attempt_tokens, (*again, task.close_thinking, task.close_answer), config.temperature)
     answer = Sampling(task.answer_tokens, (task.close_answer,), 0.0)
-    tail = 1 + task.attempt_tokens + len(task.forced_stop) + task.answer_tokens  # of an attempt, next to prompt and window
+    tail = 1 + task.attempt_tokens + task.forced_tokens  # of an attempt, next to prompt and window
     found: list[list[Attempt]] = [[] for _ in problems]
     rows = range(len(problems))
     for _ in range(attempts):
@@ -203,18 +204,18 @@ def last_closed(attempts: Sequence[Attempt], answer_tokens: int) -> tuple[float,
 
 
 def measure(model: Llama, verifier: Verifier, task: Task, problems: Sequence, config: RunConfig, seed: int | str,
-            progress: Callable[[Iterable], Iterable] | None = None) -> dict:
+            bar: str = "") -> dict:
     """The section `test_time` of summary.json: {method: {N, or attempts: accuracy, tokens per problem and per right answer, and
     the accuracy of a majority for as many tokens}}.
 
-    `progress` wraps the chunks of problems, as tqdm does.
+    `bar` is what a progress bar is called; '' draws none.
     """
     step = max(1, ROWS // max(COUNTS))
-    starts, answer = range(0, len(problems), step), len(task.forced_stop) + task.answer_tokens
+    starts, answer = range(0, len(problems), step), task.forced_tokens
     measured: dict[str, dict[int, list[tuple[float, float]]]] = {}  # (verdict, tokens) of each problem
     add = lambda name, n, rows: measured.setdefault(name, {}).setdefault(n, []).extend(rows)
     answers: list[Sample] = []
-    for start in progress(starts) if progress else starts:
+    for start in tqdm(starts, desc=bar, disable=not bar):
         some = problems[start : start + step]
         groups, tokens = sampled(model, verifier, task, some, config, generator_for(seed, "samples", start))
         answers += [sample for group in groups for sample in group if sample.answer is not None]
@@ -247,7 +248,7 @@ def sampled(model: Llama, verifier: Verifier, task: Task, problems: Sequence, co
     N = max(COUNTS)
     rollouts = roll_out(model, task, problems, N, training_sampling(task, config), generator)
     values = verifier.values(rollouts.tokens)
-    responses = [rollouts.response(row) for row in range(len(values))]
+    responses = rollouts.responses()
     samples = [Sample(answer or None, right, v if answer else -np.inf)
                for answer, right, v in zip(map(task.answer, responses), rollouts.reward, values)]
     return ([samples[i : i + N] for i in range(0, len(samples), N)],

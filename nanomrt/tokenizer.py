@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
+from nanomrt.config import UserError
+
 
 class Tokenizer:
     """`encode` and `decode` by the vocabulary of one `tokenizer.json`."""
@@ -26,23 +28,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Raises ValueError if there is no such file, or it is no tokenizer."""
+        """Raises UserError if there is no such file, or it is no tokenizer."""
         try:
             inner = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path} is no tokenizer ({error}): take another model") from None
+            raise UserError(f"{path} is no tokenizer ({error}): take another model") from None
         inner.no_truncation()  # settings of whoever trained it, which would cut or pad what is encoded
         inner.no_padding()
         return cls(inner)
 
     def with_special(self, special: Sequence[str]) -> "Tokenizer":
-        """The same, and each of these words is one token: where it was none, the vocabulary grows by it. Raises ValueError if the
+        """The same, and each of these words is one token: where it was none, the vocabulary grows by it. Raises UserError if the
         ids had holes, which new tokens don't fill: they would collide with old ones."""
         inner = HFTokenizer.from_str(self._inner.to_str())
         inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
         ids = inner.get_vocab().values()
         if len(set(ids)) < len(ids):
-            raise ValueError("the ids of this vocabulary have holes, so tokens can't be added: take another model")
+            raise UserError("the ids of this vocabulary have holes, so tokens can't be added: take another model")
         return Tokenizer(inner)
 
     def save(self, path: Path) -> None:

@@ -14,12 +14,13 @@ Dimension key: N packed tokens, C width, n scored places.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.task import Task
 from nanomrt import checkpoint
@@ -98,18 +99,17 @@ def train(verifier: Verifier, policy: Llama, task: Task, config: RunConfig, step
 
 
 def cached_verifier(run: Path, policy_folder: Path, policy: Llama, task: Task, config: RunConfig,
-                    progress: Callable[..., Iterable] | None = None, steps: int = STEPS) -> Verifier:
+                    bar: str = "", steps: int = STEPS) -> Verifier:
     """The verifier of a policy from `run`/verifier if it is there and was trained on this very policy, else trained and saved.
 
-    `progress` wraps the steps, as tqdm does.
+    `bar` is what a progress bar is called; '' draws none.
     """
     folder, device = run / "verifier", policy.device
     trained_on = {"policy": json.loads((policy_folder / "manifest.json").read_text())["model.safetensors"], "steps": steps}
     if checkpoint.damage(folder) is None and json.loads((folder / "trainer.json").read_text()) == trained_on:
         return checkpoint.load_model(folder, device, Verifier)
     verifier = Verifier.of(policy)
-    learning = train(verifier, policy, task, config, steps)
-    for _ in progress(learning, total=steps, desc="verifier", unit="step") if progress else learning:
+    for _ in tqdm(train(verifier, policy, task, config, steps), bar, steps, disable=not bar, unit="step"):
         pass
     checkpoint.save(folder, verifier, task.tokenizer, {}, state=trained_on)
     return verifier

@@ -58,12 +58,13 @@ STAGES = ("warm", "warm again")  # of `warm_steps` each: checking is learned sud
 
 def warm_start(model: Llama, task: Task, config: RunConfig, stage: str = STAGES[0]) -> Iterator[torch.Tensor]:
     """Train `model` in place; yields the loss of each step, (). Problems and traces are those of this stage. Reading a
-    loss waits for the device; while none is read, it works as the next traces are written."""
+    loss waits for a GPU; while none is read, the GPU works and the next traces are written meanwhile."""
     device = model.device
     rng = random.Random(f"{config.seed}/{stage}")
     problems = task.draws("train", f"{config.seed}/{stage}")
     optimizers = warm_optimizers(model, config)
-    peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peak = [group["lr"] for group in groups]
     scale = 1 / (config.warm_batch * task.trace_tokens)  # the constant normaliser
     for step in range(config.warm_steps):
         rows, weights = [], []
@@ -79,7 +80,6 @@ def warm_start(model: Llama, task: Task, config: RunConfig, stage: str = STAGES[
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         done = step / config.warm_steps
         share = min(1.0, (step + 1) / 20, (1 - done) / 0.5)  # of the peak rate: up over 20 steps, down over the second half
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group, lr in zip(groups, peak):
             group["lr"] = lr * share
         with muon_precision(device):
@@ -112,8 +112,7 @@ def gates(model: Llama, task: Task, config: RunConfig) -> dict[str, tuple[float,
     """(measured, required) of each gate, on the model's own rollouts of validation problems."""
     problems = task.problems("validation", config.eval_problems, "gates")
     rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), torch.Generator().manual_seed(config.seed))
-    responses = [rollouts.response(row) for row in range(len(rollouts.tokens))]
-    measured = task.audit(rollouts.problems, responses, rollouts.reward)
+    measured = task.audit(rollouts.problems, rollouts.responses(), rollouts.reward)
     return {name: (value, getattr(config, f"gate_{name}")) for name, value in measured.items()}
 
 
@@ -139,10 +138,7 @@ def untrained(task: Task, config: RunConfig) -> Llama:
         shape = {f.name: getattr(config, f.name) for f in fields(ModelConfig) if hasattr(config, f.name)}
         return Llama(ModelConfig(len(task.tokenizer), **shape)).initialise(torch.Generator().manual_seed(config.seed))
     folder = Path(config.warm_from)
-    try:
-        model, known = checkpoint.load_model(folder), len(Tokenizer.load(folder / "tokenizer.json"))
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"cannot start from {folder}: {error}") from None
+    model, known = checkpoint.load_model(folder), len(Tokenizer.load(folder / "tokenizer.json"))
     if model.config.vocab_size < known:
         raise UserError(f"{folder}: its tokenizer has {known} tokens, its model {model.config.vocab_size}: take another model")
     check_context(model, folder, config)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanomrt import checkpoint
+from nanomrt.config import UserError
 from nanomrt.model import Llama
 
 
@@ -127,9 +128,9 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path, model, task):
 
 
 def test_without_a_good_checkpoint_the_error_names_the_fix(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train first"):
+    with pytest.raises(UserError, match="train first"):
         checkpoint.newest(tmp_path)
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         checkpoint.load_model(tmp_path)
 
 
@@ -163,7 +164,7 @@ def test_what_is_no_model_is_an_error_that_names_the_folder(tmp_path, model, tas
 
 def test_training_does_not_go_on_without_its_optimiser(tmp_path, model, task):
     checkpoint.save(tmp_path / "a", model, task.tokenizer, {})
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'a'} has no optimizer.safetensors: --init_from="):
+    with pytest.raises(UserError, match=f"{tmp_path / 'a'} has no optimizer.safetensors: --init_from="):
         checkpoint.load_training(tmp_path / "a", torch.optim.AdamW(model.parameters()))
 
 

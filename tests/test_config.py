@@ -157,7 +157,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "--kl_coef=0.1 --kl_estimator=k1_reward --algorithm=anytime", "algorithm=anytime doesn't follow: use k2"),
     ("", "--kl_coef=0.1 --kl_estimator=k1_reward --equal_groups=skip", "equal_groups=skip would skip none: use k2"),
     ("", "--importance_cap=0.5", r"importance_cap must be 0 \(off\) or at least 1"),
-    ("", "--importance_cap=2 --algorithm=sft", "algorithm=sft learns what nobody sampled as it stands: leave it at 0"),
+    ("", "--importance_cap=2 --algorithm=sft", "the loss of algorithm=sft has none: leave it at 0"),
     ("", "--alpha=nan", "alpha=nan must be a finite number"),
     ("", "--alpha=inf", "alpha=inf must be a finite number"),
     ("", "--learning_rate=nan", "learning_rate=nan must be a finite number"),

@@ -36,7 +36,7 @@ from nanomrt.mrt import (
     value_credit,
     value_over_tokens,
 )
-from nanomrt.rollout import Forked, written
+from nanomrt.rollout import Forked, graded
 
 G = 2
 CREDITS = [outcome_credit, short_outcome_credit, progress_credit, prefix_bonus_credit, value_credit, anytime_credit,
@@ -276,7 +276,7 @@ def test_being_short_pays_only_for_who_is_right(rows, penalty):
         assert A == [row[0] for row in per_row(batch, outcome_credit(batch, None, options()))]
 
 
-OTHER = {"alpha": 3.0, "gamma": 0.5, "J_discount": 0.5, "progress_norm": "mean", "advantage_norm": "rloo", "repeat_penalty": 0.5,
+OTHER = {"alpha": 3.0, "gamma": 0.5, "J_discount": 0.5, "progress_norm": "std", "advantage_norm": "rloo", "repeat_penalty": 0.5,
          "length_penalty": 0.9}
 
 
@@ -499,7 +499,7 @@ def test_mrt_star_climbs_the_likelihood_of_its_earliest_right_answers(monkeypatc
     branch = lambda r, place: ([stop, a := said[r][1][place - 1]], right((*said[r][0][: place - 1], stop, a)))
     task = SimpleNamespace(prompt=lambda problem: [9], texts=lambda rows: rows,
                            grade=lambda problem, response: right(response), episode_ends=lambda response: [1, 2])
-    traces = Gathered(written(task, [0] * 729, [0] * 729, [[9, *z] for z, _ in said]), None, None, 0)
+    traces = Gathered(graded(task, [0] * 729, [0] * 729, [[9, *z] for z, _ in said]), None, None, 0)
     forced = lambda model, task, rollouts, *where: [[branch(*at)] for at in zip(*where[:2])]
     monkeypatch.setattr(methods, "traces", lambda *_: traces)
     monkeypatch.setattr(methods, "force_answers", lambda *arguments: Forked(
@@ -584,7 +584,7 @@ def test_trying_what_has_failed_again_costs_vineppo_a_draw_and_mrt_nothing():
 
 @pytest.mark.parametrize("credit, keys", [
     (progress_credit, {}), (progress_credit, {"progress_norm": "mean_std", "advantage_norm": "mean_std"}),
-    (progress_credit, {"progress_norm": "mean"}), (anytime_credit, {})], ids=["mrt", "mrt, both by std", "mrt, mean", "anytime"])
+    (progress_credit, {"progress_norm": "std"}), (anytime_credit, {})], ids=["mrt", "mrt, both by std", "mrt, std", "anytime"])
 def test_solving_and_stopping_ranks_above_rambling_above_failing(credit, keys):
     """By the mean credit of a rollout's tokens. Each has attempts of 3 tokens and an answer of 3; the second is the solution."""
     batch = make_batch([10, 16, 16], [1, 1, 0], [0, 0, 0])

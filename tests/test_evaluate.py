@@ -172,7 +172,7 @@ def test_both_passes_share_their_random_numbers_until_thinking_is_closed(task, m
     assert chunk["J"].shape == chunk["J_on"].shape == (32, len(GRID))
 
 
-def test_evaluation_is_a_function_of_its_seed_and_leaves_global_randomness_alone(task, model, monkeypatch):
+def test_evaluation_is_a_function_of_its_seed_and_leaves_global_randomness_alone(task, model, monkeypatch, capsys):
     problems = task.problems("test", 4, 0)
     before = torch.get_rng_state()
     first = evaluate_policy(model, task, problems, RUN, "a")
@@ -180,9 +180,9 @@ def test_evaluation_is_a_function_of_its_seed_and_leaves_global_randomness_alone
     assert evaluate_policy(model, task, problems, RUN, "b") != first
     assert torch.equal(torch.get_rng_state(), before)
     monkeypatch.setattr(evaluate, "ROWS", 4)  # two chunks of two problems
-    seen = []
-    chunked = evaluate_policy(model, task, problems, RUN, "a", lambda chunks: seen.extend(chunks) or chunks)
-    assert seen == [0, 2] and chunked["problems"] == 4
+    assert not capsys.readouterr().err
+    assert evaluate_policy(model, task, problems, RUN, "a", bar="test")["problems"] == 4
+    assert "test: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown
 
 
 def test_an_evaluation_of_nothing_is_an_error(task, model):

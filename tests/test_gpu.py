@@ -37,9 +37,8 @@ import train
 from data.countdown import Countdown
 from kernels import reference
 from nanomrt import checkpoint, sampler
-from nanomrt.config import ALGORITHMS, load_config
+from nanomrt.config import ALGORITHMS, SUPERVISED, load_config
 from nanomrt.cudagraph import Recording
-from nanomrt.methods import METHODS
 from nanomrt.model import Llama, ModelConfig, Packed, rotary
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import roll_out, training_sampling
@@ -717,7 +716,7 @@ def test_every_method_trains(runs, words):
     assert train.main(words) == 0
     rows = read_jsonl(folder / "metrics.jsonl")[1:]
     assert len(rows) == 2 and all(math.isfinite(row["grad_norm"]) and row["skipped"] == 0 for row in rows)
-    if not METHODS[config.algorithm].supervised:
+    if config.algorithm not in SUPERVISED:
         assert max(row["max_logprob_diff"] for row in rows) < 0.5
 
 

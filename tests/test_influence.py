@@ -14,7 +14,7 @@ from nanomrt.config import RunConfig, UserError, read_config, save_config
 from nanomrt.methods import Gathered
 from nanomrt.model import Llama
 from nanomrt.mrt import episodes_between
-from nanomrt.rollout import boundaries, written
+from nanomrt.rollout import boundaries, graded
 from train import score
 
 CONFIG = RunConfig(algorithm="mrt_online", micro_batch_tokens=200, device="cpu")
@@ -27,7 +27,7 @@ def gathered(task) -> Gathered:
     rng = random.Random(0)
     problems = [problem for problem in task.problems("train", 3, 0) for _ in range(4)]
     rows = [task.prompt(problem) + task.warm_trace(problem, rng)[0] for problem in problems]
-    rollouts = written(task, problems, [i // 4 for i in range(12)], rows)
+    rollouts = graded(task, problems, [i // 4 for i in range(12)], rows)
     batch, (row, position) = rollouts.batch(), boundaries(task, rollouts)
     place = batch.offset[torch.tensor(row)] + torch.tensor(position)
     J = torch.tensor([float(rng.random() < 0.5) for _ in row])
@@ -56,7 +56,7 @@ def test_a_decision_is_the_token_after_an_episode_by_what_an_answer_is_worth_the
 def test_an_episode_that_was_cut_off_decides_nothing(task, gathered):
     prompt = task.prompt(gathered.rollouts.problems[0])
     row = prompt + task.tokenizer.encode("<try> 3 no <try> 4")
-    rollouts = written(task, gathered.rollouts.problems[:1], [0], [row])
+    rollouts = graded(task, gathered.rollouts.problems[:1], [0], [row])
     place, J = torch.tensor([0, 3, 5]) + len(prompt), torch.tensor([0.0, 1.0, 0.0])
     episodes = episodes_between(torch.zeros(3, dtype=torch.long), place, J)
     kinds = influence.decisions(Gathered(rollouts, rollouts.batch(), episodes, 0))
@@ -154,7 +154,7 @@ def test_a_run_with_a_key_that_only_its_own_credit_has_can_be_asked(run, monkeyp
 
 @pytest.mark.parametrize("words, says", [
     (["--algorithms", "mrt"], "mrt learns from other rollouts"), (["--algorithms", "grop"], "grop"),
-    (["--problems", "0"], "at least one"), (["--checkpoint", "nowhere"], "cannot start from nowhere")])
+    (["--problems", "0"], "at least one"), (["--checkpoint", "nowhere"], "nowhere is no checkpoint folder")])
 def test_what_is_wrong_is_said(run, words, says):
     with pytest.raises(UserError, match=says):
         influence.main([str(run), *words])

@@ -392,7 +392,7 @@ def test_prefixes_are_read_where_they_are_until_half_are_of_no_use(model):
     rows, where = sampler.Rows.of(branches, Sampling(3, ())), lambda: slots.shared_keys.untyped_storage().data_ptr()
     own, left = prefix.keys.untyped_storage().data_ptr(), []
     for i in range(5):
-        rows.finished[2 * i : 2 * i + 2] = True
+        rows.done[2 * i : 2 * i + 2] = True
         assert slots.turn_over(rows) and (where() == own) == (i < 2)
         left.append(slots.shared_keys.shape[1])
     assert left == [6, 6, 3, 3, 1]
@@ -405,7 +405,7 @@ def test_a_row_that_waits_gets_the_first_slot_that_is_free(model):
     slots, rows = sampler.Slots(model, prefix, branches, 4, 24, keep=False), sampler.Rows.of(branches, Sampling(3, ()))
     turned = []
     for r in range(5):
-        rows.finished[r] = True
+        rows.done[r] = True
         turned.append((slots.turn_over(rows), len(slots.row), len(slots.waiting)))
     assert turned == [(True, 24, 1), (True, 24, 0), (False, 24, 0), (False, 24, 0), (True, 21, 0)]
     assert sorted(slots.row.tolist()) == list(range(5, 26))
@@ -760,7 +760,7 @@ def test_replace_writes_another_token(model):
     plain = Sampling(15, (), 0.0)
     rows = fork(model, prefix, owner[:5], contexts[:5], plain).rows()
     common = max(range(117), key=lambda token: sum(row[1:].count(token) for row in rows))
-    replaced = fork(model, prefix, owner[:5], contexts[:5], replace(plain, replace=(common, 3), stop=(common,)))
+    replaced = fork(model, prefix, owner[:5], contexts[:5], replace(plain, instead=(common, 3), stop=(common,)))
     changed = 0
     for row, other, context in zip(rows, replaced.rows(), contexts, strict=False):
         first = row[1:].index(common) + 1 if common in row[1:] else len(row)

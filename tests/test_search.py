@@ -264,7 +264,7 @@ def test_votes_and_last_words_of_a_linearised_trace():
 # --- Measuring ---
 
 
-def test_a_section_counts_every_token_and_is_a_function_of_its_seed(task, model, monkeypatch):
+def test_a_section_counts_every_token_and_shows_its_progress(task, model, monkeypatch, capsys):
     monkeypatch.setattr(search, "COUNTS", (1, 2, 4))
     monkeypatch.setattr(search, "ATTEMPTS", (1, 3))
     problems, verifier = task.problems("test", 4, 0), Verifier.of(model)
@@ -273,10 +273,10 @@ def test_a_section_counts_every_token_and_is_a_function_of_its_seed(task, model,
     for name in ("majority", "best_of_n", "oracle"):
         one, two, four = (section["methods"][name][n]["tokens"] for n in "124")
         assert two == pytest.approx(2 * one) and four == pytest.approx(4 * one)
+    assert not capsys.readouterr().err
     monkeypatch.setattr(search, "ROWS", 8)  # two chunks
-    seen = []
-    assert measure(model, verifier, task, problems, RUN, "a", lambda chunks: seen.extend(chunks) or chunks)["problems"] == 4
-    assert seen == [0, 2]
+    assert measure(model, verifier, task, problems, RUN, "a", bar="test time")["problems"] == 4
+    assert "test time: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown
 
 
 def test_accuracy_at_equal_tokens_lies_between_the_neighbours():

@@ -27,7 +27,7 @@ from nanomrt.methods import Gathered
 from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, clipped_loss, token_weights
 from nanomrt.report import read_jsonl
-from nanomrt.rollout import written
+from nanomrt.rollout import graded
 from nanomrt.run import Run
 from nanomrt.warmstart import STAGES, cached_warm_start, warm_folder
 
@@ -336,7 +336,7 @@ def imitated(task) -> tuple[Batch, torch.Tensor]:
     """Three search traces and a worth for every token. Their log-probs are nonsense: nobody sampled them."""
     problems = task.problems("train", 3, 0)
     tokens = [task.prompt(p) + task.warm_trace(p, random.Random(i))[0] for i, p in enumerate(problems)]
-    batch = written(task, problems, [0, 1, 2], tokens).batch()
+    batch = graded(task, problems, [0, 1, 2], tokens).batch()
     g = torch.Generator().manual_seed(0)
     return replace(batch, logprob=torch.randn(batch.logprob.shape, generator=g)), torch.rand(len(batch.tokens), generator=g)
 
