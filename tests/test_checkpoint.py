@@ -185,3 +185,24 @@ def test_hugging_face_configs_are_understood(config):
     del raw["rope_theta"], raw["head_dim"]
     read = checkpoint.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     assert read.rope_theta == 5e5 and read.head_dim == config.hidden_size // config.num_attention_heads
+
+
+def test_what_hugging_face_leaves_out_has_its_defaults(config):
+    """One key/value head for each head, an epsilon of 1e-6, untied embeddings; and a Qwen2 has biases without saying so."""
+    raw = checkpoint.to_hf(replace(config, attention_bias=True))
+    assert raw["model_type"] == "qwen2"
+    for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "rope_theta"):
+        del raw[name]
+    read = checkpoint.from_hf(raw)
+    assert read == replace(config, attention_bias=True, num_key_value_heads=config.num_attention_heads, rms_norm_eps=1e-6,
+                           tie_word_embeddings=False, rope_theta=10_000.0)
+
+
+def test_only_tied_embeddings_stand_for_a_head(tmp_path, config, task):
+    """An untied model whose file has no head is not taken for a tied one."""
+    checkpoint.save(tmp_path / "a", Llama(replace(config, tie_word_embeddings=False)), task.tokenizer, {})
+    weights = load_file(tmp_path / "a/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "a/model.safetensors")
+    with pytest.raises(ValueError, match="its weights are not those .*lm_head"):
+        checkpoint.load_model(tmp_path / "a")

@@ -236,3 +236,28 @@ def test_an_arm_without_a_seed_of_the_baseline_has_no_difference():
     """It is in the tables of values; what can't be paired isn't compared."""
     differences = comparison.tables({"grpo": GRPO[:1], "mrt": MRT[1:]}).split("###")[4]
     assert "| mrt | no seed in common |  |  |" in differences
+
+
+def two_seeds() -> list[dict]:
+    """Of one arm: the second run has spent three times as much, knows more when it is stopped early, and has other habits."""
+    second = run("grpo", 1, (0, 0, 0.0, [0.0, 0.0], [10.0, 10.0]), (10, 300, 8.0, [1.0, 1.0], [20.0, 40.0]))
+    points = [point | {"curve": [[0, 0.3], [10, 0.7]], "thinking_tokens": 9.0, "habits": {"attempts": 3.0, "loops": 0.75}}
+              for point in second["points"]]
+    return [GRPO[0], second | {"points": points}]
+
+
+def test_tables_show_the_mean_of_the_seeds():
+    """Also of what the baseline has spent, where the others are compared with it."""
+    steps, tokens, seconds, differences, budgets, habits = comparison.tables({"grpo": two_seeds(), "mrt": MRT}).split("###")[1:]
+    assert "Equal tokens: 200 sampled tokens" in tokens and "Equal time: 6 seconds" in seconds
+    row = lambda part: next(line for line in part.splitlines() if line.startswith("| grpo |")).strip("| ").split(" | ")
+    assert row(steps)[-3:] == ["10", "200", "6"]
+    assert row(budgets)[1:] == ["0.200", "0.600"] and row(habits)[1:] == ["2.00", "0.50"]
+
+
+def test_the_budget_figure_shows_the_mean_of_the_seeds(drawn, tmp_path):
+    """Of their curves, and of where they stop by themselves."""
+    comparison.budgets_figure(tmp_path / "figure.png", {"grpo": two_seeds()})
+    _, _, curve, star, *_ = drawn[0].axes[0].lines
+    assert curve.get_xydata().ravel().tolist() == pytest.approx([0, 0.2, 10, 0.6])
+    assert star.get_xydata().ravel().tolist() == [8.0, 0.75]

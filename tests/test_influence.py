@@ -11,9 +11,9 @@ import torch
 from data.countdown import Countdown
 from nanomrt import checkpoint, influence
 from nanomrt.config import RunConfig, UserError, read_config, save_config
-from nanomrt.methods import Gathered
+from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama
-from nanomrt.mrt import episodes_between
+from nanomrt.mrt import episodes_between, token_weights
 from nanomrt.rollout import boundaries, graded
 from train import score
 
@@ -163,3 +163,37 @@ def test_what_is_wrong_is_said(run, words, says):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="is no run: .*train.py"):
         influence.main([str(tmp_path)])
+
+
+def test_a_contribution_is_the_sum_over_its_tokens(gathered, monkeypatch):
+    """Token by token: the step's length over the gradient's, 5 here, times w_t, A_t above its group's mean, and i_t."""
+    batch, kinds = gathered.batch, influence.decisions(gathered)
+    i = {kind: torch.randn(len(batch.tokens), generator=torch.Generator().manual_seed(n)) for n, kind in enumerate(kinds)}
+    monkeypatch.setattr(influence, "influences", lambda model, batch, way, config: i[way])
+    monkeypatch.setattr(influence, "grad_loss", lambda *_: [torch.tensor([3.0]), torch.tensor([4.0])])
+    found = influence.contributions(None, gathered, kinds, {kind: kind for kind in kinds}, CONFIG, ARMS)
+    rest = batch.is_action & ~kinds["wrong"] & ~kinds["right"]
+    for arm, own in ARMS.items():
+        w = token_weights(batch, own.loss_norm, own.thinking_budget, own.truncated).tolist()
+        A = METHODS[own.algorithm].credit(batch, gathered.episodes, own).tolist()
+        for kind, other in (("wrong", "right"), ("right", "wrong")):
+            expected = []
+            for group in (kinds[kind], kinds[other], rest):
+                some = group.nonzero().squeeze(1).tolist()
+                mean = sum(w[t] * A[t] for t in some) / sum(w[t] for t in some)
+                expected.append(sum(influence.STEP / 5 * w[t] * (A[t] - mean) * float(i[kind][t]) for t in some))
+            value = [part["value"] for part in found[kind][arm].values()]
+            assert value == pytest.approx([sum(expected), *expected], rel=1e-3, abs=1e-7)
+
+
+def test_the_table_says_how_often_the_policy_stops_and_how_much_both_decisions_are_one(task, gathered, monkeypatch):
+    """Gradients (1, 0) and (3, 4) have cosine 3/5."""
+    ways = iter([[torch.tensor([1.0]), torch.tensor([0.0])], [torch.tensor([3.0]), torch.tensor([4.0])]])
+    monkeypatch.setattr(influence, "grad_log_odds", lambda *_: next(ways))
+    monkeypatch.setattr(influence, "contributions", lambda *_: {})
+    text = influence.table(None, gathered, task.close_thinking, CONFIG, ARMS)
+    assert "have cosine 0.60." in text
+    for kind, places in influence.decisions(gathered).items():
+        stops = [token == task.close_thinking for token in gathered.batch.tokens[places].tolist()]
+        assert 0 < sum(stops) < len(stops)
+        assert f"{sum(stops) / len(stops):.3f} of the {len(stops)} places where a forced answer is {kind}" in text

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_mrt import make_batch, make_episodes
 
 import train
 from data.countdown import Countdown
@@ -15,7 +16,7 @@ from nanomrt import rollout
 from nanomrt.config import ALGORITHMS, READ_BY, SUPERVISED, RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama, Packed
-from nanomrt.rollout import boundaries, force_answers
+from nanomrt.rollout import boundaries, examples, force_answers, roll_out, training_sampling
 from nanomrt.run import Run
 
 PROBLEMS, GROUP = 6, 4
@@ -443,3 +444,30 @@ def test_an_example_shows_J_only_where_it_was_measured_at_every_boundary(model, 
         assert example["J"] == pytest.approx(expected)
         shown.append(bool(expected))
     assert all(shown) if algorithm == "mrt_online" else not all(shown)
+
+
+def test_what_a_step_line_says_by_hand():
+    """Three rollouts, of which two have episodes, three in all: means over those, over all, or over episodes."""
+    batch = make_batch([8, 5, 4], [1, 0, 0], [0, 0, 1], finished=[True, True, False])
+    said = Gathered(None, batch, make_episodes(batch, [[3, 6], [4], []], [[0.25, 0.0, 1.0], [0.75, 0.5], []]), 0).metrics()
+    assert said == pytest.approx({"reward": 1 / 3, "finished": 2 / 3, "J_first": 0.5, "J_last": 0.75, "progress": 0.5 / 3,
+                                  "episodes": 1.0, "response_tokens": 14 / 3})
+    alone = make_batch([8], [1], [0])
+    said = Gathered(None, alone, make_episodes(alone, [[3, 6]], [[0.25, 0.0, 1.0]]), 0).metrics()
+    assert (said["J_first"], said["J_last"], said["progress"], said["episodes"]) == (0.25, 1.0, 0.375, 2.0)
+    said = Gathered(None, alone, None, 0).metrics()
+    assert {said[name] for name in ("J_first", "J_last", "progress", "episodes")} == {None}
+
+
+def test_examples_are_whole_rollouts_with_the_values_of_their_own_boundaries(model, task):
+    config, problems, g = settings("mrt_online", forks=2, fork_temperature=1.0), task.problems("test", 12, 0), generator(1)
+    shown = examples(model, task, problems, config, generator(1))
+    rollouts = roll_out(model, task, problems, 1, training_sampling(task, config), g)
+    row, position = boundaries(task, rollouts)
+    J = force_answers(model, task, rollouts, row, position, 2, 1.0, g).J.tolist()
+    for r, one in enumerate(shown):
+        assert " ".join([*one["episodes"], one["answer"]]).split() == task.show(rollouts.response(r)).split()
+        assert one["episodes"] == [] or not one["answer"].startswith("<try>")
+        assert one["J"] == [x for owner, x in zip(row, J) if owner == r] and one["reward"] == rollouts.reward[r]
+        assert len(one["J"]) == (len(one["episodes"]) + 1 if one["episodes"] else 0)
+    assert 0.5 in J and any(not one["J"] for one in shown)

@@ -22,7 +22,9 @@ from nanomrt.mrt import (
     discounted_credit,
     episodes_between,
     group_advantage,
+    group_has_advantage,
     kl_penalty,
+    length_with_gradient,
     normalise,
     progress_credit,
     token_weights,
@@ -500,3 +502,21 @@ def test_no_split_into_micro_batches_changes_the_gradient(norm):
     whole = gradient([[0, 1, 2, 3]])
     for parts in ([[0], [1], [2], [3]], [[3, 1], [0, 2]], [[2], [1, 3, 0]]):
         torch.testing.assert_close(gradient(parts), whole)
+
+
+@pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
+def test_who_is_left_out_counts_in_no_denominator(norm):
+    """The weights beside a rollout that was cut off and masked are those of the others alone."""
+    batch = make_batch([4, 6, 3], [1, 0, 0], [0, 0, 0], finished=[True, False, True])
+    others = token_weights(batch.take(torch.tensor([0, 2])), norm, 9, "mask").tolist()
+    assert token_weights(batch, norm, 9, "mask").tolist() == [*others[:4], *[0.0] * 6, *others[4:]]
+
+
+def test_a_loss_is_an_advantage_too():
+    """What has only negative ones is neither cut away nor skipped; what has none is."""
+    batch, value = make_batch([4, 3, 5], [0, 0, 0], [7, 7, 3]), torch.zeros(12)
+    value[[1, 2]] = torch.tensor([0.5, -1.0])
+    assert length_with_gradient(batch, value).tolist() == [3, 0, 0]
+    assert group_has_advantage(batch, value.clamp(max=0)).tolist() == [True, True, False]
+    value[11] = -0.5
+    assert length_with_gradient(batch, value).tolist() == [3, 0, 5]

@@ -170,3 +170,38 @@ def test_without_a_run_or_a_checkpoint(tmp_path):
     save_config(RunConfig(), tmp_path / "config.json")
     with pytest.raises(UserError, match="train first"):
         sample.main([str(tmp_path)])
+
+
+def test_no_two_episodes_or_answers_draw_the_same_random_numbers(run, monkeypatch, capsys):
+    """Or what was drawn once would be drawn again."""
+    asked, make = [], sample.generator_for
+    monkeypatch.setattr(sample, "generator_for", lambda *which: asked.append(which) or make(*which))
+    sample.main([str(run), "--prompt", PROBLEM, "--progress", "--forks", "2", "--budget", "20"])
+    assert len(asked) > 5 and len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("words", [["--top-k", "1"], ["--top-p", "1e-9"]], ids=str)
+def test_the_likeliest_token_alone_is_greedy(run, capsys, words):
+    """In the thinking and in the answer."""
+    outputs = []
+    for some in (["--temperature", "0"], words):
+        sample.main([str(run), "--prompt", PROBLEM, "--budget", "20,40", *some])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_J_is_the_mean_over_all_forks(run, monkeypatch, capsys):
+    """Of answers that are all right."""
+    monkeypatch.setattr(Countdown, "grade", lambda *_: 1.0)
+    sample.main([str(run), "--progress", "--forks", "3", "--budget", "20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.endswith("J 1.00") for line in lines[:-1]) and lines[-1].endswith("right")
+
+
+def test_the_problem_of_who_names_none_is_a_test_problem(run, monkeypatch, capsys):
+    """Drawn by the seed; and a checkpoint may be named from inside of it."""
+    drawn, draws = [], Countdown.draws
+    monkeypatch.setattr(Countdown, "draws", lambda task, *where: drawn.append(where) or draws(task, *where))
+    monkeypatch.chdir(run / "checkpoints/step-000001")
+    assert sample.main([".", "--budget", "5", "--seed", "3"]) == 0
+    assert drawn == [("test", 3)]

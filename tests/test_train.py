@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from nanomrt.model import Llama, Packed
 from nanomrt.mrt import Batch, clipped_loss, token_weights
 from nanomrt.report import read_jsonl
 from nanomrt.rollout import graded
-from nanomrt.run import Run
+from nanomrt.run import Run, generator_for
 from nanomrt.warmstart import STAGES, cached_warm_start, warm_folder
 
 ROOT = Path(__file__).parents[1]
@@ -158,7 +159,7 @@ def learned(warm_started, tmp_path_factory) -> Callable[..., torch.Tensor]:
     ([], ["--kl_coef=0.1"]), (["--kl_coef=0.1"], ["--kl_estimator=k3"]), (["--kl_coef=0.1"], ["--kl_estimator=k1_reward"]),
     ([], ["--loss_norm=sequence"]), ([], ["--truncated=mask"]), (["--algorithm=grpo"], ["--equal_groups=skip"]),
     ([], ["--advantage_norm=rloo"]), ([], ["--advantage_norm=mean"]), ([], ["--gamma=0.5"]), ([], ["--fork_temperature=1"]),
-    (["--fork_temperature=1"], ["--forks=2"]), (["--fork_temperature=1"], ["--forks=0"]),
+    (["--fork_temperature=1"], ["--forks=2"]), (["--fork_temperature=1"], ["--forks=0"]), ([], ["--weight_decay=0.1"]),
 ])
 def test_every_switch_trains_and_changes_what_is_learned(learned, without, switch):
     """By more than rounding; importance weights, which are 1 but for rounding here, have tests of their own."""
@@ -318,10 +319,10 @@ def test_every_pass_sees_every_rollout_once(model, imitated, tmp_path, monkeypat
     monkeypatch.setattr(train, "clipped_loss", lambda logprob, old, *rest: ratios.append((logprob - old).abs().max().item()) or
                         clipped_loss(logprob, old, *rest))
     on_policy = replace(batch, logprob=train.rescore(model, batch, config))
-    train.update(model, optimizer, on_policy, advantage, None, run)
+    learned = train.update(model, optimizer, on_policy, advantage, None, run)
     assert rates == [train.learning_rate(config, done) for done in range(6)]
     assert run.ledger["update"] == 3 * int(batch.is_action.sum())
-    assert ratios[0] < 1e-5 and min(ratios[1:]) > 1e-3
+    assert ratios[0] < 1e-5 and min(ratios[1:]) > 1e-3 and learned["max_logprob_diff"] == ratios[0]
 
 
 def test_a_skipped_update_leaves_the_parameters_alone(out, monkeypatch):
@@ -622,3 +623,182 @@ def test_a_stage_is_kept_for_who_needs_it(out, monkeypatch):
 def test_a_failed_gate_stops_before_rl(out):
     with pytest.raises(UserError, match="raise warm_steps.*--force"):
         train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", "--gate_result=1.0", "--warm_steps=2"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_warm_starts_loss_is_that_of_its_weighted_traces(stage):
+    """By a constant, however long they are; prompts have no weight, and each stage writes traces of its own."""
+    config = replace(load_config(ROOT / "config/tiny.py"), warm_batch=3, warm_steps=1, warm_check_weight=3.0)
+    task, rng = Countdown(config), random.Random(f"0/{stage}")
+    model = warmstart.untrained(task, config)
+    policy, expected = deepcopy(model), 0.0
+    for problem in task.problems("train", 3, f"0/{stage}"):
+        prompt, (response, weight) = task.prompt(problem), task.warm_trace(problem, rng)
+        ids, packed = torch.tensor(prompt + response), Packed.of(torch.tensor([len(prompt + response)]))
+        logprob = (policy(ids, packed.position_ids, packed) @ policy.head.T).log_softmax(-1)
+        said = logprob[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1)
+        expected -= float(said @ torch.tensor(weight)) / (3 * task.trace_tokens)
+    assert [float(loss) for loss in warmstart.warm_start(model, task, config, stage)] == pytest.approx([expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", [1e9, 1e-3])
+def test_a_warm_starts_rate_rises_and_falls_and_each_step_has_its_own_gradient(clip, monkeypatch):
+    """Of a loss whose gradient is 1 everywhere: up over 20 steps, down over the second half, and no longer than the clip."""
+    config = replace(load_config(ROOT / "config/tiny.py"), warm_batch=1, warm_steps=80, grad_clip=clip)
+    task, seen = Countdown(config), []
+    model = warmstart.untrained(task, config)
+    optimizer, size = torch.optim.SGD(model.parameters(), lr=0.8), sum(p.numel() for p in model.parameters())
+    norm = lambda: float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append((optimizer.param_groups[0]["lr"], norm())))
+    monkeypatch.setattr(warmstart, "warm_optimizers", lambda *_: [optimizer])
+    monkeypatch.setattr(warmstart, "learn", lambda *_: sum(p.sum() for p in model.parameters()).backward() or torch.zeros(()))
+    list(warmstart.warm_start(model, task, config))
+    rates, norms = zip(*seen)
+    assert rates == pytest.approx([0.8 * min(1, (k + 1) / 20, (80 - k) / 40) for k in range(80)])
+    assert norms == pytest.approx([min(size**0.5, clip)] * 80, rel=1e-3)
+
+
+def test_a_second_stage_goes_on_from_the_first(tmp_path, monkeypatch):
+    """Whether that has just been trained or lies there."""
+    config = replace(load_config(ROOT / "config/tiny.py"), out_dir=str(tmp_path))
+
+    def one_more(model, *_):
+        model.model.norm.weight.data += 1
+        yield torch.zeros(())
+
+    monkeypatch.setattr(warmstart, "warm_start", one_more)
+    monkeypatch.setattr(warmstart, "gates", lambda *_: {"result": (0.0, 0.5)})
+    for _ in range(2):
+        with pytest.raises(UserError, match="not ready"):
+            cached_warm_start(Countdown(config), config, "cpu", force=False)
+        assert [checkpoint.load_model(warm_folder(config, stage)).model.norm.weight.unique().tolist() for stage in STAGES] == [
+            [2.0], [3.0]]
+        (warm_folder(config, STAGES[1]) / "model.safetensors").unlink()
+
+
+def test_a_warm_start_is_shared_by_runs_that_differ_in_RL_only():
+    """What its data, its network and its training depend on makes another one; each of these keys does."""
+    config = load_config(ROOT / "config/tiny.py")
+    shaping = {"seed": 1, "target_max": 39, "used": 3, "max_solutions": 3, "trace_hint": 0.5, "trace_max_attempts": 5,
+               "warm_steps": 401, "warm_check_weight": 2.0, "warm_adamw_lr": 1e-3, "hidden_size": 96, "intermediate_size": 96,
+               "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "qk_norm": True,
+               "max_position_embeddings": 160, "grad_clip": 0.5}
+    others = {warm_folder(replace(config, **{key: value})) for key, value in shaping.items()}
+    assert len(others) == len(shaping) and warm_folder(config) not in others
+    learned = {"algorithm": "grpo", "steps": 7, "learning_rate": 1.0, "eval_problems": 9, "gate_result": 1.0, "group_size": 4,
+               "thinking_budget": 30}
+    assert {warm_folder(replace(config, **{key: value})) for key, value in learned.items()} == {warm_folder(config)}
+
+
+def test_each_seed_has_a_network_of_its_own_and_muon_its_hidden_matrices():
+    """Embeddings, the head and norms are AdamW's."""
+    config = load_config(ROOT / "config/tiny.py")
+    task = Countdown(config)
+    model, again, other = (warmstart.untrained(task, replace(config, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(model.head, again.head) and not torch.equal(model.head, other.head)
+    muon, adamw = warmstart.warm_optimizers(model, config)
+    hidden = {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
+    assert {id(p) for p in muon.param_groups[0]["params"]} == hidden
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == {id(p) for p in model.parameters()} - hidden
+
+
+def test_gates_are_measured_on_all_their_problems_and_each_has_its_own_threshold(monkeypatch):
+    """One rollout of each problem. What is just enough passes."""
+    config = replace(load_config(ROOT / "config/tiny.py"), eval_problems=5, gate_result=0.1, gate_check_precision=0.2,
+                     gate_check_recall=0.3, gate_answer=0.4)
+    task, asked = Countdown(config), []
+    share = {"result": 0.1, "check_precision": 0.2, "check_recall": 0.29, "answer": 0.5}
+    monkeypatch.setattr(task, "audit", lambda problems, responses, rewards: asked.append((problems, len(responses))) or share)
+    model = warmstart.untrained(task, config)
+    assert warmstart.failed_gates(model, task, config) == [task.GATE_ADVICE["check_recall"]]
+    assert asked == [(task.problems("validation", 5, "gates"), 5)]
+
+
+def test_no_two_steps_share_their_random_numbers(tmp_path, monkeypatch):
+    """Each stage of each step has its own: with the same ones a problem's rollouts would be alike in every step."""
+    asked, make = [], train.generator_for
+    monkeypatch.setattr(train, "generator_for", lambda *which: asked.append(which) or make(*which))
+    run_tiny(tmp_path, "--steps=2", "--warm_steps=2", "--eval_problems=2")
+    assert asked == [(0, "sample", 0), (0, "update", 0), (0, "sample", 1), (0, "update", 1), (0, "traces", 2)]
+
+
+def test_every_pass_has_an_order_of_its_own_and_leaves_nobody_out(on_policy):
+    """Of a batch where nobody has an advantage, all stay even if such groups are skipped: a KL pulls at everybody."""
+    batch, advantage = on_policy
+    config = replace(load_config(ROOT / "config/tiny.py"), epochs=8, minibatches=1)
+    for some, keys in ((advantage, {}), (0 * advantage, {"equal_groups": "skip"})):
+        passes = [part.tolist() for part in train.shuffled(batch, some, replace(config, **keys), generator_for(0, "update", 0))]
+        assert [sorted(rows) for rows in passes] == [[0, 1, 2]] * 8 and len(set(map(tuple, passes))) > 1
+
+
+def test_what_a_step_line_counts_as_clipped():
+    """Of ratios .75, .9, 1.1 and 1.3 those below 1 - .2 and above 1 + .28."""
+    old, config = torch.full((4,), -2.0), replace(load_config(ROOT / "config/tiny.py"), clip_low=0.2, clip_high=0.28)
+    logprob = old + torch.tensor([0.75, 0.9, 1.1, 1.3]).log()
+    seen = train.observed(torch.tensor(3.0), logprob, old, torch.arange(4.0), config)
+    assert seen == {"loss": 3.0, "entropy": 6.0, "clipped": 2, "tokens": 4}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_training_scores_at_the_temperature_of_sampling(model, imitated, tmp_path, temperature):
+    """softmax(logits / temperature): by it a batch is rescored, and by it the loss sees the policy."""
+    batch, advantage = imitated
+    config = replace(load_config(ROOT / "config/tiny.py"), temperature=temperature, minibatches=1)
+    packed, at = Packed.of(batch.lengths), batch.is_action.nonzero().squeeze(1)
+    with torch.no_grad():
+        logits = model(batch.tokens, packed.position_ids, packed) @ model.head.T
+    logprob = (logits / temperature).log_softmax(-1)[at - 1].gather(1, batch.tokens[at, None]).squeeze(1)
+    expected = torch.zeros_like(batch.logprob).index_copy(0, at, logprob)
+    torch.testing.assert_close(train.rescore(model, batch, config), expected, atol=1e-5, rtol=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    learned = train.update(model, optimizer, replace(batch, logprob=expected), advantage, None, Run(config, tmp_path, "cpu"))
+    assert learned["max_logprob_diff"] < 1e-5
+
+
+def test_a_summary_has_the_warm_start_beside_the_trained_policy(tmp_path, monkeypatch):
+    """Each in its section: both on test problems, and the trained one on those of OOD."""
+    run = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu")
+    monkeypatch.setattr(train, "evaluate_splits", lambda model, task, config, splits, brief=False: {
+        split: f"{model}, {split}, {brief}" for split in splits})
+    monkeypatch.setattr(train, "examples", lambda *_: [])
+    for name in ("summary_table", "budget_figure"):
+        monkeypatch.setattr(train, name, lambda *_: "")
+    monkeypatch.setattr(train.report, "training_figure", lambda *_: None)
+    train.finish(run, train.load_task(run.config), "trained", "warm")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [summary[name] for name in ("warm_start", "test", "ood")] == [
+        "warm, test, True", "trained, test, False", "trained, ood, True"]
+
+
+def test_a_resumed_run_goes_on_counting(model, task, tmp_path):
+    """Tokens, seconds and skipped updates are those of all its steps, whoever made them."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    run, again = (Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu") for _ in range(2))
+    run.step, run.ledger, run.skipped, run.skipped_in_a_row, run.cpu_seconds = 3, {"trace": 7, "fork": 8, "update": 9}, 2, 1, 5.5
+    run.seconds = {stage: 1.5 * i for i, stage in enumerate(run.seconds)}
+    run.save(model, task.tokenizer, {}, optimizer)
+    again.begin(tmp_path, model, optimizer, resume=True)
+    again.end()
+    for name in ("step", "ledger", "seconds", "skipped", "skipped_in_a_row", "cpu_seconds"):
+        assert getattr(again, name) == getattr(run, name)
+
+
+def test_the_seconds_of_a_step_are_its_own_and_those_of_the_process_are_of_all(on_policy, tmp_path, monkeypatch):
+    """Traces take 5 s, and then 2; of the process's clock 2 s have passed, and then 3 in all."""
+    batch, _ = on_policy
+    run, clock = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu"), iter([3.0, 4.0])
+    run._cpu_began = 1.0
+    monkeypatch.setattr("nanomrt.run.time.process_time", lambda: next(clock))
+    for seconds in (5.0, 7.0):
+        run.seconds["trace"] = seconds
+        run.record(Gathered(None, batch, None, 70, 30), {"entropy": 1.0, "grad_norm": 1.0, "max_logprob_diff": 0.0})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["seconds_trace"] for row in rows] == [5.0, 2.0] and [row["seconds_total"] for row in rows] == [5.0, 7.0]
+    assert [row["seconds_cpu"] for row in rows] == [2.0, 3.0] and [row["fork_tokens"] for row in rows] == [30, 60]
+
+
+def test_a_generator_depends_on_seed_stage_and_step():
+    draw = lambda *which: int(torch.randint(2**62, (), generator=generator_for(*which)))
+    all_of_them = list(itertools.product((0, 1), ("sample", "update"), (0, 1)))
+    drawn = [draw(*which) for which in all_of_them]
+    assert len(set(drawn)) == 8 and drawn == [draw(*which) for which in all_of_them]
