@@ -273,14 +273,15 @@ def evaluated(job: Job) -> dict:
     folders = {0: Path(made.pop("start"))}
     folders |= {int(path.name.split("-")[1]): path for path in sorted((job.run / "checkpoints").glob("step-*"))}
 
+    problems = {split: distinct(task, split, config.eval_problems, "eval") for split in (job.split, "ood")}
     points, last = [], max(folders)
     for step, folder in folders.items():
         try:
             model = checkpoint.load_model(folder, device)
         except UserError as error:
             raise UserError(f"{error}; or remove {job.run}, and the same command trains it anew") from None
-        section, harder = (evaluate_policy(model, task, distinct(task, split, config.eval_problems, "eval"), config, "eval",
-                                           brief=brief) for split, brief in ((job.split, step not in (0, last)), ("ood", True)))
+        section, harder = (evaluate_policy(model, task, problems[split], config, "eval", brief)
+                           for split, brief in ((job.split, 0 < step < last), ("ood", True)))
         curves = {name: [[row["budget"], round(row["J"]["value"], 4)] for row in section[of]]
                   for name, of in (("curve", "budget_curve"), ("extrapolation", "extrapolation")) if of in section}
         points.append({"step": step, **spent[step], "thinking_tokens": section["mean_thinking_tokens"]["value"], **curves,

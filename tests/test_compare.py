@@ -295,7 +295,7 @@ def test_where_the_numbers_of_a_result_come_from(device, clock, tmp_path, monkey
     report.write_json(job.run / "summary.json", {"peak_memory_bytes": 7})
     monkeypatch.setattr(compare.checkpoint, "load_model", lambda folder, _: folder.name)
     monkeypatch.setattr(compare, "distinct", lambda _, split, count, seed: (split, count, seed))
-    monkeypatch.setattr(compare, "evaluate_policy", lambda model, _, problems, *rest, brief: {
+    monkeypatch.setattr(compare, "evaluate_policy", lambda model, _, problems, config, seed, brief: {
         "mean_thinking_tokens": {"value": 4.0}, "budget_curve": [], "habits": {}, "per_problem": (model, *problems),
         **({} if brief else {"extrapolation": [{"budget": 9, "J": {"value": 0.5}}]})})
     monkeypatch.setattr(compare, "choose_device", lambda _: device)
