@@ -250,6 +250,13 @@ def test_runs_with_other_problems_are_not_put_side_by_side(run, other):
     assert not (run / "summary.json").exists()  # said before the first evaluation
 
 
+def test_a_run_without_a_checkpoint_is_an_error_before_the_evaluation_of_others(run, other):
+    shutil.rmtree(other / "checkpoints")
+    with pytest.raises(UserError, match="no good checkpoint in .*other"):
+        evaluate.main([str(run), str(other)])
+    assert not (run / "summary.json").exists()
+
+
 def test_a_missing_matplotlib_is_an_error_before_the_evaluation(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
