@@ -340,6 +340,12 @@ def test_impossible_tasks_are_refused(settings_, message):
         countdown(**settings_)
 
 
+def test_only_draws_in_a_row_that_find_nothing_end_the_search(monkeypatch):
+    """However many of them there were before."""
+    monkeypatch.setattr("data.countdown.MAX_MISSES", 60)
+    assert len(countdown().problems("train", 300, 0)) == 300
+
+
 # --- Prompts, parsing, showing ---
 
 
@@ -689,6 +695,13 @@ def test_audit_counts_by_hand(task):
     assert set(task.audit([], [], []).values()) == {0.0}
 
 
+def test_a_right_answer_to_what_was_not_found_passes_no_gate(task):
+    """The gate asks whether found solutions are answered, and a guess was none: of one trace with a hit none is right."""
+    rows = ["</think> <answer> 3 * 7 + 4 </answer>", "<try> 3 * 7 21 + 4 25 yes </think> <answer> 3 + 4 * 7 </answer>"]
+    audit = task.audit([PROBLEM] * 2, [task.tokenizer.encode(row) for row in rows], [1.0, 0.0])
+    assert audit["answer"] == 0.0 and audit["check_recall"] == 1.0
+
+
 # --- Habits ---
 
 
@@ -800,16 +813,3 @@ def test_the_audit_reads_going_back(task):
     problems, rows, _ = zip(*traces(BACK, 40))
     rewards = [BACK.grade(problem, BACK.tokenizer.decode(ids)) for problem, ids in zip(problems, rows)]
     assert set(BACK.audit(problems, rows, rewards).values()) == {1.0}
-
-
-def test_only_draws_in_a_row_that_find_nothing_end_the_search(monkeypatch):
-    """However many of them there were before."""
-    monkeypatch.setattr("data.countdown.MAX_MISSES", 60)
-    assert len(countdown().problems("train", 300, 0)) == 300
-
-
-def test_a_right_answer_to_what_was_not_found_passes_no_gate(task):
-    """The gate asks whether found solutions are answered, and a guess was none: of one trace with a hit none is right."""
-    rows = ["</think> <answer> 3 * 7 + 4 </answer>", "<try> 3 * 7 21 + 4 25 yes </think> <answer> 3 + 4 * 7 </answer>"]
-    audit = task.audit([PROBLEM] * 2, [task.tokenizer.encode(row) for row in rows], [1.0, 0.0])
-    assert audit["answer"] == 0.0 and audit["check_recall"] == 1.0

@@ -199,6 +199,55 @@ def test_distinct_problems_have_distinct_keys_and_run_out(task):
     assert 20 < len(everything) < 2000
 
 
+# --- What is asked, and with which random numbers ---
+
+
+def test_no_two_chunks_share_their_random_numbers(task, model, monkeypatch):
+    monkeypatch.setattr(evaluate, "ROWS", 2)  # a chunk is one problem
+    asked, make = [], evaluate.generator_for
+    monkeypatch.setattr(evaluate, "generator_for", lambda *which: asked.append(which) or make(*which))
+    evaluate_policy(Scripted(task, 20, 15), task, [SOLVED, UNSOLVED], RUN, "a", brief=True)
+    assert len(set(asked)) == len(asked) == 2
+
+
+def test_a_majority_is_of_sampled_answers_and_J_of_a_greedy_one(task, monkeypatch):
+    asked, force = [], evaluate.force_answers
+    monkeypatch.setattr(evaluate, "force_answers", lambda *args: asked.append(args[5:7]) or force(*args))
+    sample_chunk(Scripted(task, 20, 15), task, [SOLVED], replace(RUN, temperature=0.7), GRID, generator_for(0, "test", 0), False)
+    assert asked == [(1, 0.0), (evaluate.VOTES, 0.7), (1, 0.0)]
+
+
+def test_what_is_kept_of_every_problem_has_the_means_that_are_shown(task):
+    """20 tokens of thinking and 10 of an answer each; the first one is right after 15."""
+    section = section_of(task, closes=20, ready=15)
+    each = section["per_problem"]
+    assert each["right"] == [1.0, 0.0] and each["tokens"] == [30.0, 30.0]
+    assert each["regret to 54"] == pytest.approx([2 * (1 - 20.25 / 54) - 1, 1], abs=1e-4)
+    for h, leaf in section["regret"].items():
+        assert sum(each[f"regret to {h}"]) / 2 == pytest.approx(leaf["value"], abs=1e-4)
+
+
+def test_habits_are_those_of_each_response_to_its_own_problem(task, monkeypatch):
+    monkeypatch.setattr(task, "habits", lambda problems, responses, budget: {"asked": problems, "of": len(responses)})
+    assert section_of(task, 20, 15)["habits"] == {"asked": [SOLVED, SOLVED, UNSOLVED, UNSOLVED], "of": 4}
+
+
+def test_a_grid_that_ends_at_the_training_budget_leaves_room_for_the_answer(task):
+    """Who thinks for as long as training allows still answers."""
+    section = section_of(task, closes=36, ready=30, config=replace(RUN, eval_budget=36))
+    assert section["accuracy"]["value"] == 0.5 and section["tokens_per_correct"]["value"] == 92
+
+
+def test_runs_of_all_seeds_answer_the_same_problems_with_the_same_random_numbers(task, monkeypatch):
+    """They are compared problem by problem."""
+    asked, draws, make = [], task.draws, evaluate.generator_for
+    monkeypatch.setattr(task, "draws", lambda *where: asked.append(where) or draws(*where))
+    monkeypatch.setattr(evaluate, "generator_for", lambda *which: asked.append(which) or make(*which))
+    for seed in (0, 1):
+        evaluate.evaluate_splits(Scripted(task, 20, 15), task, replace(RUN, seed=seed), ["test"], brief=True)
+    assert asked == [("test", "eval"), ("eval", "evaluate", 0)] * 2
+
+
 # --- Table, figure, command line ---
 
 
@@ -325,52 +374,6 @@ def test_figure_overlays_many_runs(task, tmp_path):
     path = tmp_path / "new" / "figure.png"
     budget_figure(path, {f"run {i}": section for i in range(9)})
     assert path.stat().st_size > 10_000
-
-
-def test_no_two_chunks_share_their_random_numbers(task, model, monkeypatch):
-    monkeypatch.setattr(evaluate, "ROWS", 2)  # a chunk is one problem
-    asked, make = [], evaluate.generator_for
-    monkeypatch.setattr(evaluate, "generator_for", lambda *which: asked.append(which) or make(*which))
-    evaluate_policy(Scripted(task, 20, 15), task, [SOLVED, UNSOLVED], RUN, "a", brief=True)
-    assert len(set(asked)) == len(asked) == 2
-
-
-def test_a_majority_is_of_sampled_answers_and_J_of_a_greedy_one(task, monkeypatch):
-    asked, force = [], evaluate.force_answers
-    monkeypatch.setattr(evaluate, "force_answers", lambda *args: asked.append(args[5:7]) or force(*args))
-    sample_chunk(Scripted(task, 20, 15), task, [SOLVED], replace(RUN, temperature=0.7), GRID, generator_for(0, "test", 0), False)
-    assert asked == [(1, 0.0), (evaluate.VOTES, 0.7), (1, 0.0)]
-
-
-def test_what_is_kept_of_every_problem_has_the_means_that_are_shown(task):
-    """20 tokens of thinking and 10 of an answer each; the first one is right after 15."""
-    section = section_of(task, closes=20, ready=15)
-    each = section["per_problem"]
-    assert each["right"] == [1.0, 0.0] and each["tokens"] == [30.0, 30.0]
-    assert each["regret to 54"] == pytest.approx([2 * (1 - 20.25 / 54) - 1, 1], abs=1e-4)
-    for h, leaf in section["regret"].items():
-        assert sum(each[f"regret to {h}"]) / 2 == pytest.approx(leaf["value"], abs=1e-4)
-
-
-def test_habits_are_those_of_each_response_to_its_own_problem(task, monkeypatch):
-    monkeypatch.setattr(task, "habits", lambda problems, responses, budget: {"asked": problems, "of": len(responses)})
-    assert section_of(task, 20, 15)["habits"] == {"asked": [SOLVED, SOLVED, UNSOLVED, UNSOLVED], "of": 4}
-
-
-def test_a_grid_that_ends_at_the_training_budget_leaves_room_for_the_answer(task):
-    """Who thinks for as long as training allows still answers."""
-    section = section_of(task, closes=36, ready=30, config=replace(RUN, eval_budget=36))
-    assert section["accuracy"]["value"] == 0.5 and section["tokens_per_correct"]["value"] == 92
-
-
-def test_runs_of_all_seeds_answer_the_same_problems_with_the_same_random_numbers(task, monkeypatch):
-    """They are compared problem by problem."""
-    asked, draws, make = [], task.draws, evaluate.generator_for
-    monkeypatch.setattr(task, "draws", lambda *where: asked.append(where) or draws(*where))
-    monkeypatch.setattr(evaluate, "generator_for", lambda *which: asked.append(which) or make(*which))
-    for seed in (0, 1):
-        evaluate.evaluate_splits(Scripted(task, 20, 15), task, replace(RUN, seed=seed), ["test"], brief=True)
-    assert asked == [("test", "eval"), ("eval", "evaluate", 0)] * 2
 
 
 def test_more_tokens_are_tried_on_the_test_problems(run, task, monkeypatch):

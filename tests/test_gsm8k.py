@@ -131,6 +131,10 @@ def test_division_by_zero_does_not_hold():
     assert not holds("1", "/", "0", "0")
 
 
+def test_a_hundredth_is_too_much():
+    assert holds("1", "+", "1", "2.009") and not holds("1", "+", "1", "2.01") and not holds("1", "-", "1", "-0.01")
+
+
 # --- Files ---
 
 
@@ -220,6 +224,13 @@ def test_no_problem_within_the_limits(config):
         train.checked_task(replace(config, ood_min_steps=9))
 
 
+def test_a_tenth_of_the_training_file_is_held_out(config, tmp_path):
+    for name, begin, count in (("train", 0, 600), ("test", 600, 4)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(story(i, 2)) + "\n" for i in range(begin, begin + count)))
+    pools = load_task(replace(config, data_dir=str(tmp_path))).pools
+    assert len(pools["train"]) + len(pools["validation"]) == 600 and 30 < len(pools["validation"]) < 90
+
+
 # --- Traces ---
 
 
@@ -293,6 +304,13 @@ def test_a_problem_from_a_user(task):
     for text in ("How many?", "#### 7", "How many? #### lots", ""):
         with pytest.raises(ValueError, match="expected a question and its answer, such as 'Ann"):
             task.parse(text)
+
+
+def test_the_gate_asks_for_a_number_and_not_for_the_right_one(task):
+    [problem] = task.problems("train", 1, 0)
+    wrong = [*task.forced_stop, *task.tokenizer.encode("123456"), task.close_answer]
+    silent = [*task.forced_stop, *task.tokenizer.encode("coins"), task.close_answer]
+    assert task.audit([problem] * 2, [wrong, silent], [0.0, 0.0])["answer"] == 0.5
 
 
 # --- Tokens ---
@@ -507,21 +525,3 @@ def test_the_real_dataset(tmp_path):
     train, validation, test, ood = (len(task.pools[split]) for split in SPLITS)
     assert 0.97 * 6723 < train + validation <= 6723 and 0.97 * 1168 < test <= 1168 and 0.85 * 151 < ood <= 151
     assert 0.08 < validation / (train + validation) < 0.12
-
-
-def test_a_hundredth_is_too_much():
-    assert holds("1", "+", "1", "2.009") and not holds("1", "+", "1", "2.01") and not holds("1", "-", "1", "-0.01")
-
-
-def test_the_gate_asks_for_a_number_and_not_for_the_right_one(task):
-    [problem] = task.problems("train", 1, 0)
-    wrong = [*task.forced_stop, *task.tokenizer.encode("123456"), task.close_answer]
-    silent = [*task.forced_stop, *task.tokenizer.encode("coins"), task.close_answer]
-    assert task.audit([problem] * 2, [wrong, silent], [0.0, 0.0])["answer"] == 0.5
-
-
-def test_a_tenth_of_the_training_file_is_held_out(config, tmp_path):
-    for name, begin, count in (("train", 0, 600), ("test", 600, 4)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(story(i, 2)) + "\n" for i in range(begin, begin + count)))
-    pools = load_task(replace(config, data_dir=str(tmp_path))).pools
-    assert len(pools["train"]) + len(pools["validation"]) == 600 and 30 < len(pools["validation"]) < 90

@@ -774,6 +774,20 @@ def test_replace_writes_another_token(model):
     assert not replaced.stopped.any()
 
 
+def test_a_sum_that_rounding_leaves_below_one_draws_no_id_beyond_the_vocabulary():
+    """Of probabilities that sum to .75 the largest uniform number draws the last one, and half of the ids are the first one."""
+    logp = torch.tensor([0.375, 0.375]).log().expand(3, -1)
+    assert draw(logp, torch.tensor([1 - 2**-24, 0.49, 0.51]), Sampling(1, ())).tolist() == [1, 0, 1]
+
+
+def test_truncation_is_that_of_the_distribution_at_its_temperature():
+    """At temperature 1/2 the likeliest of .5, .3, .2 has 25/38: two thirds need a second token, and .65 doesn't."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    kept = lambda top_p: distribution(logits, Sampling(1, (), 0.5, top_p=top_p)).exp()[0]
+    torch.testing.assert_close(kept(0.65), torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(kept(0.67), torch.tensor([25 / 34, 9 / 34, 0.0]))
+
+
 # --- Rollouts ---
 
 
@@ -974,17 +988,3 @@ def test_generate_writes_to_none_of_its_arguments(model):
     assert unchanged(before, prefix)
     assert all(map(torch.equal, weights, model.parameters()))
     assert all(map(torch.equal, copies, (branches.segment, branches.position, branches.forced, branches.seed)))
-
-
-def test_a_sum_that_rounding_leaves_below_one_draws_no_id_beyond_the_vocabulary():
-    """Of probabilities that sum to .75 the largest uniform number draws the last one, and half of the ids are the first one."""
-    logp = torch.tensor([0.375, 0.375]).log().expand(3, -1)
-    assert draw(logp, torch.tensor([1 - 2**-24, 0.49, 0.51]), Sampling(1, ())).tolist() == [1, 0, 1]
-
-
-def test_truncation_is_that_of_the_distribution_at_its_temperature():
-    """At temperature 1/2 the likeliest of .5, .3, .2 has 25/38: two thirds need a second token, and .65 doesn't."""
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    kept = lambda top_p: distribution(logits, Sampling(1, (), 0.5, top_p=top_p)).exp()[0]
-    torch.testing.assert_close(kept(0.65), torch.tensor([1.0, 0.0, 0.0]))
-    torch.testing.assert_close(kept(0.67), torch.tensor([25 / 34, 9 / 34, 0.0]))

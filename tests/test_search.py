@@ -172,6 +172,13 @@ def test_beams_of_several_problems_do_not_mix(task, model):
         *((right[0], tokens[0]) for right, tokens in alone))))
 
 
+def test_a_beam_is_judged_before_what_opens_the_next_episode(task):
+    """This policy says nothing but `<try>`: its first episode is empty, its second one is one of them."""
+    judge, prompt = Judge(lambda row: 0.5), task.prompt(SOLVED)
+    beam_search(Scripted(task, 20, 15), judge, task, [SOLVED], RUN, 2, seeded())
+    assert judge.asked[:3] == [[prompt + [task.open_episode] * n] * 2 for n in range(3)]
+
+
 # --- The window of a linearised trace ---
 
 
@@ -261,6 +268,13 @@ def test_votes_and_last_words_of_a_linearised_trace():
     assert last_closed([b._replace(closed=False), a], 10) == (0.0, 24)  # it would never have stopped: the last of all
 
 
+def test_attempts_of_a_linearised_trace_are_sampled_and_their_answers_greedy(task, model, monkeypatch):
+    drawn, branch = [], search.branch
+    monkeypatch.setattr(search, "branch", lambda *args: drawn.append(args[5].temperature) or branch(*args))
+    linearised(model, task, task.problems("test", 2, 0), replace(RUN, temperature=0.7), 2, 2, seeded())
+    assert drawn == [0.7, 0.0] * 2
+
+
 # --- Measuring ---
 
 
@@ -311,23 +325,9 @@ def test_no_two_chunks_or_methods_share_their_random_numbers(task, monkeypatch):
     assert len(set(asked)) == len(asked) == 2 * 4  # samples, a beam of 1 and of 2, linearised
 
 
-def test_a_beam_is_judged_before_what_opens_the_next_episode(task):
-    """This policy says nothing but `<try>`: its first episode is empty, its second one is one of them."""
-    judge, prompt = Judge(lambda row: 0.5), task.prompt(SOLVED)
-    beam_search(Scripted(task, 20, 15), judge, task, [SOLVED], RUN, 2, seeded())
-    assert judge.asked[:3] == [[prompt + [task.open_episode] * n] * 2 for n in range(3)]
-
-
 def test_the_verifiers_auc_is_that_of_answers(task, monkeypatch):
     """One that believes the wrong problem's is wrong about every pair; who has no answer is in none."""
     monkeypatch.setattr(search, "COUNTS", (1, 8))
     monkeypatch.setattr(search, "ATTEMPTS", (1,))
     judge = Judge(lambda row: 0.1 if row[:7] == task.prompt(SOLVED) else 0.9)  # a prompt takes 7
     assert measure(Hasty(task, 20, 15), judge, task, [SOLVED, UNSOLVED], RUN, 0)["verifier_auc"] == 0.0
-
-
-def test_attempts_of_a_linearised_trace_are_sampled_and_their_answers_greedy(task, model, monkeypatch):
-    drawn, branch = [], search.branch
-    monkeypatch.setattr(search, "branch", lambda *args: drawn.append(args[5].temperature) or branch(*args))
-    linearised(model, task, task.problems("test", 2, 0), replace(RUN, temperature=0.7), 2, 2, seeded())
-    assert drawn == [0.7, 0.0] * 2

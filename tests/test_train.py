@@ -625,6 +625,9 @@ def test_a_failed_gate_stops_before_rl(out):
         train.main([str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={out}", "--gate_result=1.0", "--warm_steps=2"])
 
 
+# --- The warm start ---
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_warm_starts_loss_is_that_of_its_weighted_traces(stage):
     """By a constant, however long they are; prompts have no weight, and each stage writes traces of its own."""
@@ -712,6 +715,9 @@ def test_gates_are_measured_on_all_their_problems_and_each_has_its_own_threshold
     model = warmstart.untrained(task, config)
     assert warmstart.failed_gates(model, task, config) == [task.GATE_ADVICE["check_recall"]]
     assert asked == [(task.problems("validation", 5, "gates"), 5)]
+
+
+# --- What a step draws, scores and writes down ---
 
 
 def test_no_two_steps_share_their_random_numbers(tmp_path, monkeypatch):
