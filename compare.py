@@ -252,7 +252,7 @@ def run_job(job: Job) -> None:
             raise UserError(f"it wasn't trained with threads={threads}, so its CPU time can't be compared")
         if changed := differences(asdict(before), job.config):
             raise UserError(f"it was trained with {changed}")
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
     if not (job.run / "summary.json").is_file():
         with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):

@@ -177,6 +177,7 @@ def budget_grid(task: Task, config: RunConfig) -> list[int]:
 
 
 def rounded(columns: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Columns (P,) for a JSON file."""
     return {name: [round(float(x), 4) for x in values] for name, values in columns.items()}
 
 

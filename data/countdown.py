@@ -185,7 +185,7 @@ class Countdown(Task):
             elif (missed := missed + 1) == MAX_MISSES:
                 raise UserError(f"no {split} problem in {missed:,} draws: " +
                                 ("lower ood_target_min or raise ood_max_solutions" if split == "ood" else
-                                  "widen target_min..target_max or raise max_solutions"))
+                                 "widen target_min..target_max or raise max_solutions"))
 
     # --- Text ---
 

@@ -42,8 +42,8 @@ def metrics_of(run: dict) -> dict[str, tuple[Callable[[Values], float], int]]:
 
 
 def values_at(runs: Sequence[dict], axis: str, place: float, problems: str = "per_problem") -> Values | None:
-    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before; those of
-    all that every run has there. problems: "ood" for these; None if a run hasn't answered them there."""
+    """Every run's per-problem values where `axis` (step, tokens or seconds) is `place`, or at its end if it ends before. A value
+    that one of the runs lacks there is left out. problems: "ood" for those of OOD; None if a run hasn't answered them there."""
     rows = [value_at(run["points"], axis, place, problems) for run in runs]
     if None in rows:
         return None
@@ -51,7 +51,7 @@ def values_at(runs: Sequence[dict], axis: str, place: float, problems: str = "pe
 
 
 def value_at(points: Sequence[dict], axis: str, place: float, problems: str) -> dict[str, np.ndarray] | None:
-    """The same of one run."""
+    """The same of the points of one run: name -> (problems,)."""
     x = [point[axis] for point in points]
     b = min(int(np.searchsorted(x, place)), len(x) - 1)  # x[b-1] < place <= x[b]
     a = b - 1 if 0 < b and place < x[b] else b
@@ -122,12 +122,13 @@ def comparator_rows(arms: dict[str, list[dict]]) -> list[list[str]]:
     """The regret of the warm start and of every arm at its end against each comparator of nanomrt/metrics.py, where a majority
     was measured. The best J is that of a method's mean curve."""
     h, rows = next(iter(arms.values()))[0]["config"]["thinking_budget"], []
+    oracle, maj = f"regret to {h}", f"maj: regret to {h}"
     best = empirical_best([np.mean(of, axis=0).T.tolist() for of in curves_of(arms, "curve").values()], h)
     for arm, at, runs, _ in ends(arms):
         values = values_at(runs, "step", max(run["points"][at]["step"] for run in runs))
-        if f"maj: regret to {h}" in values:
-            rows.append([arm, *(cell((lambda v, name=name, of=of: v[name].mean() - of, 3), values) for name, of in (
-                (f"regret to {h}", 0), (f"regret to {h}", 1 - best), (f"maj: regret to {h}", 0)))])
+        if maj in values:
+            rows.append([arm, *(cell((lambda v, name=name, its=its: v[name].mean() - its, 3), values)
+                                for name, its in ((oracle, 0), (oracle, 1 - best), (maj, 0)))])  # its: the comparator's regret
     return rows
 
 

@@ -422,5 +422,5 @@ def read_config(path: Path) -> RunConfig:
     values = {name: _typed(name, value, str(path)) for name, value in saved.items()}
     try:
         return RunConfig(**values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -180,8 +180,8 @@ def outcome_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -
     """GRPO: A = reward, relative to its group. Shao et al., arXiv 2402.03300; its other forms are `advantage_norm`.
 
     With `repeat_penalty`, minus that for every token of an n-gram that the same rollout has written before (Yeo et al., arXiv
-    2502.03373), n being the length of an attempt. An n-gram may begin anywhere, so a repeat also charges the tokens
-    just before it if they equal those before the first copy: mostly the `no` of the attempt before.
+    2502.03373), n being the length of an attempt. An n-gram may begin anywhere, so a repeat also charges the
+    tokens just before it if they equal those before the first copy: mostly the `no` of the attempt before.
     """
     advantage = group_advantage(batch.reward, batch.prompt_id, config.advantage_norm)[batch.row]  # (N,)
     if config.repeat_penalty:

@@ -752,7 +752,7 @@ def test_truncation(top_k, top_p, kept):
     assert set(TABLE[0, ids.unique()].tolist()) == set(TABLE[0][expected[0] > 0].tolist())
 
 
-def test_replace_writes_another_token(model):
+def test_another_token_is_written_instead(model):
     """(a, b): wherever a would be drawn, b is written and fed on; a stop token replaced so does not stop."""
     prompts = random_rows(PROMPT_LENGTHS)
     owner = [i % 5 for i in range(40)]
