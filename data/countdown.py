@@ -210,27 +210,32 @@ class Countdown(Task):
     def warm_trace(self, problem: Problem, rng: random.Random) -> tuple[list[int], list[float]]:
         """A response by random search, flaws included, and the weight of each token in the warm start's loss.
 
-        The answer is always the last attempt's: whoever has found a solution only checks it again.
+        The answer is the success's, and without one the last attempt's. Unless `trace_wander` is set, whoever has succeeded only
+        checks that again, so both are the last attempt's.
         Proposals are random, so their tokens are mostly noise to learn and weigh half; checks weigh `warm_check_weight`.
         """
         config, by_value = self.config, self.chains(problem)
         proposals = [chain for value in sorted(by_value) for chain in by_value[value]]
         rng.shuffle(proposals)
-        last, found, untried, words, weights = None, False, iter(proposals * config.trace_max_attempts), [], []
+        last, success, untried, words, weights = None, None, iter(proposals * config.trace_max_attempts), [], []
         for _ in range(config.trace_max_attempts):
-            if rng.random() < (1 - config.trace_go_on if found else config.trace_give_up):
+            draw = rng.random()
+            if draw < (1 - config.trace_go_on if success else config.trace_give_up):
                 break
             kept, way = 0, None
-            if last and not found and rng.random() < config.trace_backtrack:
+            if last and not success and rng.random() < config.trace_backtrack:
                 way = self.way_back(last, proposals, problem.target, rng)
             if way:
                 last, kept = way
-            elif not found and (last is None or rng.random() >= config.trace_repeat):
+            elif success:
+                last = next(untried) if draw >= 1 - config.trace_go_on * config.trace_wander else success
+            elif last is None or rng.random() >= config.trace_repeat:
                 last = rng.choice(by_value[problem.target]) if rng.random() < config.trace_hint else next(untried)
-            found = last.results[-1] == problem.target
-            words += [*last.attempt(kept), "yes" if found else "no"]
+            hit = last.results[-1] == problem.target
+            success = last if hit else success
+            words += [*last.attempt(kept), "yes" if hit else "no"]
             weights += [1.0, 0.5] + [0.5, 0.5, 1.0] * (config.used - 1 - kept) + [config.warm_check_weight]
-        answer = last or rng.choice(proposals)  # without an attempt, a guess
+        answer = success or last or rng.choice(proposals)  # without an attempt, a guess
         ending = ["</think>", "<answer>", *answer.expression, "</answer>"]
         return [self.tokenizer.id(word) for word in words + ending], weights + [1.0] * len(ending)
 

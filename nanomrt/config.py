@@ -114,6 +114,7 @@ class RunConfig:
     trace_max_attempts: int = key(12, "attempts in the longest trace", 1)
     trace_repeat: float = key(0.3, "probability that the attempt after a failure repeats it", 0, 1)
     trace_go_on: float = key(0.7, "probability that a success is checked once more", 0, 1)
+    trace_wander: float = key(0.0, "of these checks, the share replaced by another attempt; the success is answered", 0, 1)
     trace_give_up: float = key(0.04, "probability of answering before a success, per attempt", 0, 1)
     trace_hint: float = key(0.05, "probability that an attempt is a solution by construction", 0, 1)
     trace_backtrack: float = key(0.0, "probability of going back, after a failure, to a running result that can succeed", 0, 1)

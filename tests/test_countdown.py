@@ -484,6 +484,23 @@ def test_flaws_have_the_frequencies_of_their_keys(rates):
         assert abs(measured[name] - rate) < 0.04, (name, measured[name])
 
 
+def test_who_wanders_answers_with_the_success():
+    """What follows a success is another attempt as often as the key says, else the latest success once more. The answer is that
+    one, whatever follows it."""
+    task, checks, others, failed_last = countdown(trace_go_on=0.7, trace_wander=0.4, max_solutions=4), 0, 0, 0
+    for problem, ids, weights in traces(task, 800):
+        check_trace(task, problem, ids, weights)
+        chains, success = task.proposals(ids), None
+        for chain in chains:
+            if success:
+                others, checks = others + (chain != success), checks + (chain == success)
+            success = chain if chain.results[-1] == problem.target else success
+        if success:
+            failed_last += chains[-1] != success
+            assert last_answer(task.tokenizer.decode(ids)) == " ".join(success.expression)
+    assert failed_last > 50 and others / (others + checks) == pytest.approx(0.4, abs=0.04)
+
+
 def test_extreme_rates_are_exact():
     """repeat=0: no attempt twice; go_on=0: nothing after a `yes`; give_up=0: no end without a `yes` or all attempts."""
     task = countdown(trace_repeat=0.0, trace_go_on=0.0, trace_give_up=0.0, trace_hint=0.0)
