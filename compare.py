@@ -48,7 +48,8 @@ from nanomrt.config import (
     refuse_unread,
     run_name,
 )
-from nanomrt.run import choose_device, device_of
+from nanomrt.files import write_json
+from nanomrt.run import choose_device, device_of, finished
 from nanomrt.warmstart import cached_warm_start, warm_folder
 
 TAKEN = {  # keys with a place of their own, and which
@@ -58,7 +59,8 @@ TAKEN = {  # keys with a place of their own, and which
 }
 # What all arms must have in common: the problems, and how they are measured.
 MEASURED = (*PROBLEM_KEYS, "thinking_budget", "eval_samples", "eval_budget")
-GATES = tuple(name for name in KEYS if name.startswith("gate_"))
+# What a warm start's passing depends on, besides what shapes it.
+GATES = ("temperature", *(name for name in KEYS if name.startswith("gate_")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_seeds(text: str) -> list[int]:
     """'3' -> [0, 1, 2], '3,' -> [3], '0,4' -> [0, 4]. Raises UserError with an example."""
     words = text.rstrip(",").split(",")
-    if not all(word.isdecimal() for word in words) or text == "0":
+    if not all(word.isdecimal() for word in words) or text.strip("0") == "":
         raise UserError(f"--seeds={text}: give a number of seeds, such as 3, or the seeds themselves, such as 0,1,4 or 3,")
     return [int(word) for word in words] if "," in text else list(range(int(text)))
 
@@ -137,6 +139,8 @@ class Job:
     @classmethod
     def of(cls, config_path: Path, arm: str, seed: int, shared: dict[str, str], folder: Path, split: str) -> "Job":
         name, own = parse_arm(arm)
+        if "/" in name:
+            raise UserError(f"{arm}: name a config file by its name alone, as in small_grpo; it must stand beside {config_path}")
         sibling = config_path.with_name(f"{name}.py")
         of_file = name not in ALGORITHMS and sibling.is_file()
         for key, reason in TAKEN.items():
@@ -150,7 +154,7 @@ class Job:
         if device_of(load_config(path, overrides)) == "cpu":
             overrides["threads"] = "1"
         config = load_config(path, overrides)
-        refuse_unread(config, own)
+        refuse_unread(config, overrides)
         result = file_name(f"{arm}-seed={seed}", {config_path, path}, shared, split)
         return cls(arm, path, overrides, config, split, folder / f"{result}.json")
 
@@ -185,7 +189,7 @@ def run_all(jobs: list[Job], processes: int) -> None:
         by_start.setdefault(shared_start(job), []).append(job)
     for group in by_start.values():
         agree({job.result.stem: job.made_with for job in group}, GATES,
-              "runs with the same warm start have the same gates for it: give such a key to all, as --key=value")
+              "runs with the same warm start must pass the same gates with it: give such a key to all, as --key=value")
     ready: list[tuple[Callable[[Job], None], Job]] = [(train_warm_start, group[0]) for group in by_start.values()]
     running: dict[Future, tuple[Callable[[Job], None], Job]] = {}
     steps = sum(job.config.steps for job in jobs)
@@ -254,12 +258,12 @@ def run_job(job: Job) -> None:
             raise UserError(f"it was trained with {changed}")
     except UserError as error:
         raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
-    if not (job.run / "summary.json").is_file():
+    if not finished(job.run):
         with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
             code = train.main(words + ["--resume"] * begun.is_file())
         if code:
             raise UserError(f"{job.run} was interrupted: the same command goes on with it")
-    report.write_json(job.result, evaluated(job), indent=None)
+    write_json(job.result, evaluated(job), indent=None)
 
 
 def evaluated(job: Job) -> dict:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data import Task, load_task
 from nanomrt import checkpoint, report, search
 from nanomrt.config import TASK_KEYS, RunConfig, UserError, command
+from nanomrt.files import write_json
 from nanomrt.metrics import bootstrap, empirical_best, maj_at_k, normalised_regret, pass_at_k, ratio, regret_to_maj
 from nanomrt.model import Llama
 from nanomrt.rollout import Rollouts, force_answers, roll_out, training_sampling
@@ -239,7 +240,7 @@ def stopped_at(model: Llama, task: Task, rollouts: Rollouts, grid: Sequence[int]
 def update_summary(path: Path, sections: dict[str, dict]) -> dict:
     """Put `sections` into summary.json, keep its other keys, and return all of it. The file is replaced in one step."""
     summary = (json.loads(path.read_text()) if path.is_file() else {}) | sections
-    report.write_json(path, summary)
+    write_json(path, summary)
     return summary
 
 

@@ -25,6 +25,7 @@ from data.task import SPLITS
 from evaluate import budget_figure, evaluate_splits, summary_table
 from nanomrt import checkpoint, report
 from nanomrt.config import SUPERVISED, RunConfig, UserError, command
+from nanomrt.files import write_json
 from nanomrt.methods import METHODS
 from nanomrt.model import Llama, Packed, micro_batches
 from nanomrt.mrt import (
@@ -37,18 +38,21 @@ from nanomrt.mrt import (
     token_weights,
 )
 from nanomrt.rollout import examples
-from nanomrt.run import Run, choose_device, generator_for, provenance, read_command_line
+from nanomrt.run import Run, choose_device, finished, generator_for, provenance, read_command_line
 from nanomrt.warmstart import cached_warm_start, check_context
 
 
 def main(argv: list[str]) -> int:
     config, folder, flags = read_command_line(argv)
+    resume = "--resume" in flags
+    if resume and finished(folder):
+        print(f"{folder} is finished: python evaluate.py {folder} measures it again")
+        return 0
     device = choose_device(config)
     run = Run(config, folder, device)
     task = checked_task(config)
     generation = {"eos_token_id": task.close_answer, "temperature": config.temperature, "do_sample": True}
 
-    resume = "--resume" in flags
     with run.timed("warm_start"):
         start = (run.start if resume else None) or (
             Path(config.init_from) if config.init_from else cached_warm_start(task, config, device, "--force" in flags))
@@ -64,13 +68,13 @@ def main(argv: list[str]) -> int:
         problems = task.problems("train", config.prompts_per_step, f"{config.seed}/{run.step}")
         with run.timed("trace"):
             gathered = method.gather(model, task, problems, config, generator_for(config.seed, "sample", run.step))
-        # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
-        ref_logprob = rescore(reference, gathered.batch, config) if reference else None  # (N,)
-        batch = with_k1_penalty(gathered.batch, ref_logprob, config)
-        advantage = method.credit(batch, gathered.episodes, config)  # (N,)
-        batch, advantage, mismatch = importance_weighted(model, batch, advantage, config)
-        # 3. Learn, by a clipped policy-gradient step on each minibatch.
         with run.timed("update"):
+            # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
+            ref_logprob = rescore(reference, gathered.batch, config) if reference else None  # (N,)
+            batch = with_k1_penalty(gathered.batch, ref_logprob, config)
+            advantage = method.credit(batch, gathered.episodes, config)  # (N,)
+            batch, advantage, mismatch = importance_weighted(model, batch, advantage, config)
+            # 3. Learn, by a clipped policy-gradient step on each minibatch.
             learned = update(model, optimizer, batch, advantage, ref_logprob, run) | mismatch
         # 4. Write it down.
         run.record(gathered, learned)
@@ -239,7 +243,7 @@ def finish(run: Run, task: Task, model: Llama, warm: Llama) -> None:
         shown = task.problems("test", 24, "traces")
         traces = examples(model, task, shown, run.config, generator_for(run.config.seed, "traces", run.step))
     summary = {"warm_start": before["test"], **after, "ledger": run.ledger, "seconds": run.seconds, **provenance(run)}
-    report.write_json(run.folder / "summary.json", summary)
+    write_json(run.folder / "summary.json", summary)
     name = run.folder.name
     print(summary_table({name: summary}))
     report.traces_page(run.folder / "traces.html", f"{name}: rollouts of test problems", traces)

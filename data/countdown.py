@@ -194,7 +194,7 @@ class Countdown(Task):
 
     def parse(self, text: str) -> Problem:
         """A problem from a user's words, such as '3 7 4 target 25' or '3 7 4 = 25'. Raises UserError with an example."""
-        config, numbers = self.config, [int(word) for word in re.findall(r"-?[0-9]+", text)]
+        config, numbers = self.config, [int(word) for word in re.findall(r"-?[0-9]{1,20}", text)]
         if len(numbers) != config.numbers + 1:
             example = " ".join(map(str, range(2, config.numbers + 2)))
             raise UserError(f"expected {config.numbers} numbers and a target, such as '{example} target {config.target_max}', "

@@ -26,8 +26,8 @@ from nanomrt.tokenizer import Tokenizer
 
 SOURCE = "https://github.com/openai/grade-school-math/tree/master/grade_school_math/data"
 PROBE = "It has 14 x 2 = $28.50."  # what a vocabulary must be able to say
-NUMBER = r"-?\$?(?:\d{1,3}(?:,\d{3})+|\d{1,20})(?:\.\d{1,20})?"
-EQUATION = re.compile(rf"(?:{NUMBER} ?[-+*/x] ?)*{NUMBER} ?= ?{NUMBER}", re.ASCII)
+NUMBER = r"-?\$?(?:\d{1,3}(?:,\d{3}){1,6}|\d{1,20})(?:\.\d{1,20})?"
+EQUATION = re.compile(rf"(?<![\d.])(?:{NUMBER} ?[-+*/x] ?)*{NUMBER} ?= ?{NUMBER}", re.ASCII)
 OF_TWO = re.compile(rf"({NUMBER}) ?([-+*/x]) ?({NUMBER}) ?= ?({NUMBER})", re.ASCII)
 
 
@@ -60,7 +60,7 @@ def read(path: Path) -> list[Problem]:
         raise UserError(f"no file {path}: put GSM8K's train.jsonl and test.jsonl there ({SOURCE}), or name their folder with "
                         "--data_dir=…")
     problems = []
-    for i, line in enumerate(path.open(encoding="utf-8"), 1):
+    for i, line in enumerate(path.open("rb"), 1):
         try:
             row = json.loads(line)
             solution, _, result = row["answer"].rpartition("####")

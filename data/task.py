@@ -46,7 +46,8 @@ class Task(ABC):
         return list(islice(self.draws(split, seed), count))
 
     def draws(self, split: str, seed: int | str) -> Iterator[Any]:
-        """The same as an endless iterator. Raises UserError for an unknown split; when drawn from, for one without problems."""
+        """The same as an endless iterator. Raises ValueError for an unknown split; when drawn from, UserError for one without
+        problems."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         return self.drawn(split, random.Random(f"{seed}/{split}"))

@@ -49,7 +49,8 @@ from tqdm import tqdm
 import kernels
 from kernels import reference
 from nanomrt.config import UserError, command
-from nanomrt.report import COLOURS, blank_figure, write_json
+from nanomrt.files import write_json
+from nanomrt.report import COLOURS, blank_figure
 from nanomrt.run import commit
 
 FLUSH = 256 * 1024**2  # bytes written before each measurement: several times the L2 of any GPU so far

@@ -29,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 from kernels.bench import attention_flops, gpu_name, lognormal_lengths, machine, table
 from nanomrt.config import UserError, command
+from nanomrt.files import write_json
 from nanomrt.model import Llama, ModelConfig, Packed
 from nanomrt.mrt import clipped_loss
-from nanomrt.report import write_json
 from nanomrt.run import commit
 
 QWEN_1_5B = ModelConfig(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,

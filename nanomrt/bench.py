@@ -23,7 +23,6 @@ are random. Timing belongs here and never in a test.
 import argparse
 import os
 import platform
-import re
 import signal
 import statistics
 import sys
@@ -49,10 +48,10 @@ from kernels.profile import QWEN_1_5B, TINY
 from nanomrt import checkpoint
 from nanomrt.config import RunConfig
 from nanomrt.cudagraph import Recording, recording
+from nanomrt.files import write_json
 from nanomrt.model import Llama, ModelConfig, compute_dtype, mixed_precision
 from nanomrt.mrt import Batch, outcome_credit
-from nanomrt.report import write_json
-from nanomrt.run import commit
+from nanomrt.run import commit, processor
 from nanomrt.sampler import Branches, Rows, Samples, Sampling, Segments, Slots, decode, generate, new_cache, prefill
 
 PROMPT, NEW, GROUP = 8, 70, 12  # tokens, tokens, rows of one prompt
@@ -422,13 +421,6 @@ COLUMNS = {
 
 
 # --- The program ---
-
-
-def processor() -> str:
-    """The CPU's model, where Linux says it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanomrt.config import UserError
-from nanomrt.files import aside
+from nanomrt.files import aside, write_json
 from nanomrt.model import Llama, ModelConfig
 from nanomrt.tokenizer import Tokenizer
 
@@ -40,14 +40,14 @@ def save(folder: Path, model: Llama, tokenizer: Tokenizer, generation: dict, opt
         del weights["lm_head.weight"]  # the same tensor as the embedding; Hugging Face leaves it out too
     save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(written / "tokenizer.json")
-    _write_json(written / "config.json", to_hf(model.config))
-    _write_json(written / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                                    "model_max_length": model.config.max_position_embeddings})
-    _write_json(written / "generation_config.json", generation)
+    write_json(written / "config.json", to_hf(model.config))
+    write_json(written / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                   "model_max_length": model.config.max_position_embeddings})
+    write_json(written / "generation_config.json", generation)
     if optimizer is not None:
         save_file(_flatten(optimizer), written / "optimizer.safetensors")
-    _write_json(written / "trainer.json", state or {})
-    _write_json(written / "manifest.json", {path.name: sha256(path) for path in sorted(written.iterdir())})
+    write_json(written / "trainer.json", state or {})
+    write_json(written / "manifest.json", {path.name: sha256(path) for path in sorted(written.iterdir())})
     for path in (*written.iterdir(), written):
         _flush(path)
     replaced = written.with_suffix(".replaced")
@@ -75,7 +75,7 @@ def damage(folder: Path) -> str | None:
 
 def newest(checkpoints: Path) -> Path:
     """The newest good checkpoint among step-… folders; names every damaged one on stderr. Raises UserError."""
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    for folder in sorted(checkpoints.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True):
         problem = damage(folder)
         if problem is None:
             return folder
@@ -171,10 +171,6 @@ def finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> set[str]:
     return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from nanomrt.files import replace_text
+from nanomrt.files import write_json
 
 ALGORITHMS = ("sft", "star", "grpo", "length_penalty", "mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime")
 CHOICES = {
@@ -244,8 +244,9 @@ class RunConfig:
         twice = self.algorithm in ("mrt", "mrt_b", "vineppo")  # a prefix, and a budget after it
         thinking = max(self.thinking_budget * (1 + twice), self.eval_budget, counts.trace)
         answer = 2 + counts.answer  # </think> <answer> …
-        # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix.
-        return counts.prompt + thinking + answer * (2 + twice)
+        # A cut-off rollout had room for its answer, and is forced to answer once more; so was a prefix. Linearised, a trace has
+        # room for an attempt at least, with the token after it, and an answer.
+        return counts.prompt + max(thinking + answer * (2 + twice), 1 + counts.attempt + answer)
 
     @property
     def shorten(self) -> str:
@@ -272,7 +273,7 @@ TASK_KEYS = {  # what the problems of a task are
 COUNTDOWN_ONLY = ("trace_", "gate_check_", "warm_check_weight", "hidden_size", "intermediate_size", "num_", "head_dim", "qk_norm")
 # Where and how to run: no part of what comes out, but for rounding.
 HOW = {"out_dir", "device", "threads", "save_every", "sample_every", "micro_batch_tokens"}
-LONGEST_NAME = 160  # of a run or a result, in characters: file systems allow 255 bytes, and suffixes follow
+LONGEST_NAME = 160  # of a run or a result, in bytes: file systems allow 255, and suffixes follow
 BOOLS = {"true": True, "false": False}  # bool("False") would be True
 
 
@@ -394,7 +395,10 @@ def name_of(start: str, paths: Iterable[str | Path], overrides: dict[str, str]) 
     after = {name: _typed(name, value, "command line") for name, value in sorted(overrides.items()) if name not in HOW}
     changed = [f"{name}={value}" for name, value in after.items() if any(values[name] != value for values in before)]
     name = "-".join([start, *changed]).replace("/", "_")
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    whole = name.encode()
+    if len(whole) <= LONGEST_NAME:
+        return name
+    return f"{whole[:LONGEST_NAME - 11].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:10]}"
 
 
 def complete(saved: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +413,7 @@ def differences(saved: dict[str, Any], config: RunConfig) -> str:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    replace_text(path, json.dumps(asdict(config), indent=2) + "\n")
+    write_json(path, asdict(config))
 
 
 def read_config(path: Path) -> RunConfig:

@@ -3,6 +3,7 @@
 A process that dies in between leaves what it wrote; the next one on the same machine that writes the same file takes that away.
 """
 
+import json
 import os
 import platform
 import re
@@ -35,3 +36,7 @@ def replace_text(path: Path, text: str) -> None:
     written = aside(path)
     written.write_text(text)
     os.replace(written, path)
+
+
+def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    replace_text(path, json.dumps(value, indent=indent) + "\n")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import kernels
 from data import load_task
-from nanomrt.config import RunConfig, UserError, command, parse_arm, with_overrides
+from nanomrt.config import KEYS, RunConfig, UserError, command, parse_arm, refuse_unread, with_overrides
 from nanomrt.methods import METHODS, Gathered, traces, traces_for_progress, traces_with_J
 from nanomrt.metrics import bootstrap
 from nanomrt.model import Llama, Packed, micro_batches
@@ -38,6 +38,8 @@ from train import rescore, score, starting_policy
 
 STEP = 0.01  # length of the gradient step, in parameter space
 RISE = 0.02  # how much (2) moves d, to first order: well above rounding, and h² is small
+CREDIT_KEYS = {"alpha", "gamma", "J_discount", "progress_norm", "advantage_norm", "repeat_penalty", "length_penalty", "loss_norm",
+               "truncated"}  # others shape rollouts and J, which all arms have in common
 KINDS = ("wrong", "right")  # an answer forced at a place
 
 
@@ -64,6 +66,9 @@ def arm_config(config: RunConfig, arm: str) -> RunConfig:
     """The config of 'mrt_online+alpha=2'. Raises UserError unless its credit is given to whole traces."""
     algorithm, keys = parse_arm(arm)
     config = with_overrides(config, {"algorithm": algorithm, **keys})
+    refuse_unread(config, [name for name in keys if getattr(config, name) != KEYS[name].default])  # a run's own may be taken back
+    if other := keys.keys() - CREDIT_KEYS:
+        raise UserError(f"{arm}: the arms credit the same rollouts, so {', '.join(sorted(other))} can't differ")
     possible = [name for name, method in METHODS.items() if method.gather in (traces, traces_with_J, traces_for_progress)]
     if config.algorithm not in possible:
         raise UserError(f"{config.algorithm} learns from other rollouts than whole traces; possible: {', '.join(possible)}")

@@ -63,10 +63,11 @@ class Gathered:
                    "progress": None, "episodes": None,
                    "response_tokens": int(batch.is_action.sum()) / len(batch.lengths)}
         if E is not None:
+            metrics["episodes"] = len(E.row) / len(batch.lengths)
+        if E is not None and len(E.row):  # J of nothing is unknown, not 0
             first, last = E.row != E.row.roll(1), E.row != E.row.roll(-1)
             first[:1], last[-1:] = True, True
-            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress()),
-                        "episodes": len(E.row) / len(batch.lengths)}
+            metrics |= {"J_first": mean(E.J_before[first]), "J_last": mean(E.J_after[last]), "progress": mean(E.progress())}
         return metrics
 
     def example(self, task) -> dict:

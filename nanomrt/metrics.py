@@ -95,8 +95,11 @@ def auc(values: Sequence[float], right: Sequence[float]) -> float:
     (0.875, 0.5)
     """
     values, right = np.asarray(values, dtype=float), np.asarray(right) > 0
-    ahead = values[right][:, None] - values[~right]
-    return float((ahead > 0).mean() + (ahead == 0).mean() / 2) if ahead.size else 0.5
+    ours, theirs = values[right], np.sort(values[~right])
+    if not len(ours) or not len(theirs):
+        return 0.5
+    behind = [np.searchsorted(theirs, ours, side) for side in ("left", "right")]  # wrong ones below, and below or equal
+    return float(np.mean(behind) / len(theirs))
 
 
 def ratio(columns: np.ndarray) -> float:

@@ -69,11 +69,6 @@ def show_rollout(example: dict) -> str:
     return "\n".join([*lines, f"      {example['answer']}   {'right' if example['reward'] else 'wrong'}"])
 
 
-def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
-    """Replace a JSON file in one step: a reader finds the old one or the new one, whole."""
-    replace_text(path, json.dumps(value, indent=indent) + "\n")
-
-
 def check_writable(folder: Path) -> None:
     """Raises UserError if a folder, there or not yet, can't be written to: to be asked before the work, not after it."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))

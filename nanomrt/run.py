@@ -6,7 +6,9 @@ The state that a resumed run needs is small: the step, the counters below, weigh
 state, because each stage of each step derives its own generator from (seed, stage, step).
 """
 
+import fcntl
 import hashlib
+import json
 import math
 import platform
 import re
@@ -96,8 +98,13 @@ class Run:
     def begin(self, start: Path, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
         """Start afresh from the policy in `start`, which `model` holds, or load the newest good checkpoint into `model` and
         `optimizer` and drop what came after it."""
-        newest = self._newest() if resume else None
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")  # let go of when this process ends, however it does
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {self.folder}: wait for it, or stop it") from None
+        newest = self._newest() if resume else None
         save_config(self.config, self.folder / "config.json")
         if newest:
             try:
@@ -219,6 +226,12 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, Path, set[str]]:
     report.check_writable(folder)
     report.blank_figure(1, 1)  # without matplotlib it says so now, and not after training
     return config, folder, flags
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run was trained to its end and measured. That it has a summary says less: an evaluation on the way writes one."""
+    summary = folder / "summary.json"
+    return summary.is_file() and "ledger" in json.loads(summary.read_text())
 
 
 def open_run(run: Path, chosen: Path | None = None) -> tuple[RunConfig, Path]:

@@ -16,6 +16,7 @@ Dimension key: P problems, R rows sampled together.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -102,23 +103,24 @@ def beam_search(model: Llama, verifier: Verifier, task: Task, problems: Sequence
     openings = (task.open_episode, task.go_back, task.close_thinking)
     limit = training_sampling(task, config)
     episode = Sampling(task.attempt_tokens + 1, (*openings, task.close_answer), limit.temperature)
+    room = lambda p, tokens: len(prompts[p]) + limit.max_new_tokens - len(tokens)  # until a rollout would be cut off
     cache = prefill(model, prompts)
     beams = {p: [Trace(prompt, p, 0.0, False)] for p, prompt in enumerate(prompts)}  # of the problems that go on
     verdict, spent = [0.0] * len(problems), [0] * len(problems)
     while beams:
         going = [(p, trace) for p, beam in beams.items() for trace in expanded(beam, n)]  # (R,)
+        most = torch.tensor([min(room(p, trace.tokens), episode.max_new_tokens) for p, trace in going], device=model.device)
         samples = branch(model, cache, [trace.row for _, trace in going], [trace.tokens for _, trace in going],
-                         [[]] * len(going), episode, generator)
+                         [[]] * len(going), replace(episode, max_new_tokens=most), generator)
         cache = samples.segments()
         grown = [trace.tokens + row[1:] for (_, trace), row in zip(going, samples.rows())]  # its first token was there before
         # v of the episode that has ended: whatever was opened after it comes later.
         values = verifier.values([tokens[:-1] if tokens[-1] in openings else tokens for tokens in grown])
         pool = {p: [trace for trace in beam if trace.done] for p, beam in beams.items()}
         for row, ((p, trace), tokens, v) in enumerate(zip(going, grown, values)):
-            room = len(prompts[p]) + limit.max_new_tokens - len(tokens)  # a rollout would be cut where it is 0
-            spent[p] += len(tokens) - len(trace.tokens) + min(room, 0)
-            done = room <= 0 or tokens[-1] == task.close_answer
-            lost = done and (room < 0 or not task.answer(tokens[len(prompts[p]) :]))
+            spent[p] += len(tokens) - len(trace.tokens)
+            done = room(p, tokens) == 0 or tokens[-1] == task.close_answer
+            lost = done and not task.answer(tokens[len(prompts[p]) :])
             pool[p].append(Trace(tokens, row, -np.inf if lost else v, done))
         beams = {p: survivors(traces, keep) for p, traces in pool.items()}
         for p, (best, *_) in list(beams.items()):

@@ -120,7 +120,8 @@ def shaping(config: RunConfig) -> dict:
     """The keys that shape a warm start, with their values, and hashes of the files that some of them name."""
     keys = {name: value for name, value in asdict(config).items()
             if name.startswith(("trace_", "warm_")) or name in (*SHAPING_KEYS, *TASK_KEYS[config.task])}
-    named = [Path(config.data_dir) / "train.jsonl", *map(Path(config.warm_from).joinpath, PRETRAINED)] if config.warm_from else []
+    data = [Path(config.data_dir) / name for name in ("train.jsonl", "test.jsonl")]  # what the test asks is not learned
+    named = [*data, *map(Path(config.warm_from).joinpath, PRETRAINED)] if config.warm_from else []
     return keys | {str(path): checkpoint.sha256(path) for path in named if path.is_file()}
 
 

@@ -83,6 +83,13 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, model, task, capsy
     assert "step-000002" in warning and message in warning
 
 
+def test_the_newest_is_the_one_with_the_largest_number(tmp_path, model, task):
+    """Whose name has one more digit than six is no earlier."""
+    for name in ("step-999999", "step-1000000"):
+        checkpoint.save(tmp_path / name, model, task.tokenizer, {})
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-1000000"
+
+
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, model, task, monkeypatch):
     """Whatever moment the process dies at, the folder that has its name is whole."""
     checkpoint.save(tmp_path / "step-000001", model, task.tokenizer, {})

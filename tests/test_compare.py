@@ -15,6 +15,7 @@ import torch
 import compare
 from nanomrt import comparison, report
 from nanomrt.config import UserError, load_config, parse_overrides, refuse_unread, save_config
+from nanomrt.files import write_json
 from nanomrt.run import Run, processor, provenance
 
 FAST = ["--steps=2", "--save_every=1", "--warm_steps=2", "--prompts_per_step=2", "--group_size=2", "--eval_problems=4",
@@ -99,7 +100,7 @@ def test_only_a_run_on_a_cpu_is_told_its_threads(monkeypatch):
 def test_seeds():
     """How many, or which."""
     assert [compare.parse_seeds(x) for x in ("3", "3,", "0,4")] == [[0, 1, 2], [3], [0, 4]]
-    for wrong in ("", "0", "many", "-1", "1.5", ","):
+    for wrong in ("", "0", "00", "many", "-1", "1.5", ","):
         with pytest.raises(ValueError, match="a number of seeds, such as 3"):
             compare.parse_seeds(wrong)
 
@@ -114,8 +115,9 @@ def test_a_key_for_all_holds_for_the_arms_that_read_it(tmp_path):
     long = compare.Job.of(Path("config/tiny.py"), "grpo+thinking_budget=900", 3, room, Path("r"), "test")
     assert long.config.thinking_budget == 900  # which fits only with the key for all
     refuse_unread(grpo.config, grpo.overrides)  # as `train.py` does
-    with pytest.raises(UserError, match="alpha changes nothing with algorithm=grpo"):
-        compare.main(["config/tiny.py", "--algorithms", "grpo", "--alpha=2", "--results", str(tmp_path)])
+    for word, why in (("--alpha=2", "alpha changes nothing with algorithm=grpo"), ("--data_dir=x", "data_dir .* set task=gsm8k")):
+        with pytest.raises(UserError, match=why):
+            compare.main(["config/tiny.py", "--algorithms", "grpo", word, "--results", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,7 +132,8 @@ def test_no_run_is_named_twice(arms, seeds, tmp_path):
     ("grpoo", "must be one of"), ("grpo+alhpa=1", "did you mean 'alpha'"), ("grpo+alpha", "--alpha needs a value"),
     ("grpo+alpha=2", "alpha changes nothing with algorithm=grpo"),
     ("grpo+seed=4", "seed can't be set for grpo.*--seeds says which"), ("grpo+threads=2", "threads can't be set for grpo"),
-    ("grpo+algorithm=mrt", "algorithm can't be set for grpo.*name it in --algorithms")])
+    ("grpo+algorithm=mrt", "algorithm can't be set for grpo.*name it in --algorithms"),
+    ("config/small_grpo", "by its name alone.*beside config/tiny.py")])
 def test_a_wrong_arm_is_an_error_before_any_work(arm, message, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_all", None)
     with pytest.raises(UserError, match=message):
@@ -239,6 +242,8 @@ def test_runs_with_one_warm_start_have_the_same_gates(begun, tmp_path):
     """Else one may need a second stage of it that nobody has made beforehand. Whose start is another may have other gates."""
     with pytest.raises(UserError, match="gate_answer=0.5, but grpo-seed=0 has gate_answer=0.0: .* the same gates"):
         run_arms(tmp_path, "grpo", "grpo+gate_answer=0.5")
+    with pytest.raises(UserError, match="temperature=0.8, .* the same gates"):  # which are measured on samples
+        run_arms(tmp_path, "grpo", "grpo+temperature=0.8")
     assert not begun
     run_arms(tmp_path, "grpo", "grpo+gate_answer=0.5+trace_repeat=0.1")
     assert len(begun) == 2
@@ -257,6 +262,20 @@ def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
     (job.run / "config.json").write_text('{"alhpa": 1}')  # another version's
     with pytest.raises(UserError, match="unknown key 'alhpa'.*--out_dir"):
         compare.run_job(job)
+
+
+def test_a_run_that_was_evaluated_on_its_way_goes_on(tmp_path, monkeypatch):
+    """evaluate.py writes a summary, too; only training writes down what the run took."""
+    job = compare.Job.of(Path("config/tiny.py"), "grpo", 0, {"out_dir": str(tmp_path)}, tmp_path, "test")
+    job.run.mkdir()
+    save_config(job.config, job.run / "config.json")
+    trained = []
+    monkeypatch.setattr(compare.train, "main", lambda words: trained.append(words[-1]) or 0)
+    monkeypatch.setattr(compare, "evaluated", lambda job: {})
+    for summary in ({"test": {}}, {"test": {}, "ledger": {}}):
+        write_json(job.run / "summary.json", summary)
+        compare.run_job(job)
+    assert trained == ["--resume"]
 
 
 def test_a_result_of_another_config_is_not_shown_as_one_of_this(tmp_path, monkeypatch, capsys):
@@ -292,7 +311,7 @@ def test_where_the_numbers_of_a_result_come_from(device, clock, tmp_path, monkey
         report.append_jsonl(job.run / "metrics.jsonl", {
             "step": step, "trace_tokens": 10 * step, "fork_tokens": step, "seconds_cpu": 2 * step, "seconds_total": 3 * step,
             "seconds_trace": 1, "seconds_fork": 0.5, "seconds_update": 0.25})
-    report.write_json(job.run / "summary.json", {"peak_memory_bytes": 7})
+    write_json(job.run / "summary.json", {"peak_memory_bytes": 7})
     monkeypatch.setattr(compare.checkpoint, "load_model", lambda folder, _: folder.name)
     monkeypatch.setattr(compare, "distinct", lambda _, split, count, seed: (split, count, seed))
     monkeypatch.setattr(compare, "evaluate_policy", lambda model, _, problems, config, seed, brief: {

@@ -115,6 +115,7 @@ def test_what_is_no_number(text):
     ("5 - 8 = -3", 1.0), ("2 + 3 = 5 and 5 + 1 = 7", 0.5),
     # no equation of two numbers: nothing is said of them
     ("2 * 3 * 4 = 24", 0.0), ("(3 + 4) * 2 = 14", 0.0), ("20 * 10% = 2", 0.0), ("x = 5", 0.0), ("2 + 3", 0.0),
+    (".5 x 4 = 2", 0.0), ("$.75 * 8 = $6", 0.0),
 ])
 def test_equations_of_two_numbers_are_checked(task, step, arithmetic):
     response = [task.open_episode, *task.tokenizer.encode(step), task.close_thinking]
@@ -150,6 +151,12 @@ def test_a_line_is_a_problem(tmp_path):
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "train.jsonl").write_text(json.dumps(story(0, 2)) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r'train.jsonl, line 2: expected \{"question'):
+        read(tmp_path / "train.jsonl")
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"question": "Wie groß?", "answer": "#### 1"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="train.jsonl, line 1: expected"):
         read(tmp_path / "train.jsonl")
 
 
@@ -412,8 +419,8 @@ def test_another_model_or_other_data_are_another_warm_start(copied, folder, tmp_
     """Though the folders have the same names."""
     shutil.copytree(folder, tmp_path / "data")
     config = replace(copied, data_dir=str(tmp_path / "data"))
-    before, weights, data = warm_folder(config), Path(copied.warm_from) / "model.safetensors", tmp_path / "data/train.jsonl"
-    for path in (weights, data):
+    before, weights = warm_folder(config), Path(copied.warm_from) / "model.safetensors"
+    for path in (weights, tmp_path / "data/train.jsonl", tmp_path / "data/test.jsonl"):  # what the test asks is not learned
         content = path.read_bytes()
         path.write_bytes(content[:-1])
         assert warm_folder(config) != before

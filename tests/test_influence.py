@@ -153,6 +153,8 @@ def test_a_run_with_a_key_that_only_its_own_credit_has_can_be_asked(run, monkeyp
 
 
 @pytest.mark.parametrize("words, says", [
+    (["--algorithms", "grpo+alpha=2"], "alpha changes nothing with algorithm=grpo"),
+    (["--algorithms", "grpo+group_size=2"], "the arms credit the same rollouts, so group_size can't differ"),
     (["--algorithms", "mrt"], "mrt learns from other rollouts"), (["--algorithms", "grop"], "grop"),
     (["--problems", "0"], "at least one"), (["--checkpoint", "nowhere"], "nowhere is no checkpoint folder")])
 def test_what_is_wrong_is_said(run, words, says):

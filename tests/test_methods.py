@@ -455,6 +455,8 @@ def test_what_a_step_line_says_by_hand():
     alone = make_batch([8], [1], [0])
     said = Gathered(None, alone, make_episodes(alone, [[3, 6]], [[0.25, 0.0, 1.0]]), 0).metrics()
     assert (said["J_first"], said["J_last"], said["progress"], said["episodes"]) == (0.25, 1.0, 0.375, 2.0)
+    said = Gathered(None, alone, make_episodes(alone, [[]], [[]]), 0).metrics()  # it answered at once
+    assert [said[name] for name in ("J_first", "J_last", "progress", "episodes")] == [None, None, None, 0]
     said = Gathered(None, alone, None, 0).metrics()
     assert {said[name] for name in ("J_first", "J_last", "progress", "episodes")} == {None}
 

@@ -6,8 +6,11 @@ from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanomrt.metrics import (
+    auc,
     bootstrap,
     empirical_best,
     maj_at_k,
@@ -121,6 +124,14 @@ def test_empirical_best_is_the_largest_value_of_any_curve_up_to_the_horizon():
     for horizon in (5, 18, 40, 54):
         best = empirical_best([slow, fast], horizon)
         assert all(best - (1 - normalised_regret(*curve, horizon)) >= 0 for curve in (slow, fast))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=12))
+def test_auc_is_the_share_of_pairs_in_order(pairs):
+    """Ties count half; without a pair it says nothing."""
+    values, right = [value for value, _ in pairs], [float(is_right) for _, is_right in pairs]
+    won = [(a > b) + (a == b) / 2 for a, good in pairs for b, other in pairs if good and not other]
+    assert auc(values, right) == pytest.approx(sum(won) / len(won) if won else 0.5)
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():

@@ -125,12 +125,24 @@ def test_only_the_best_partial_traces_are_gone_on_from(task, model):
     assert spent >= sum(len(row) - len(prompt) for row in judge.asked[0])
 
 
+class Torn(Scripted):
+    """Half of the time it answers after 20 tokens, wrongly, and else after 30, rightly."""
+
+    def __init__(self, task):
+        super().__init__(task, 30, 25)
+
+    def __call__(self, tokens, positions, attend):
+        logits = super().__call__(tokens, positions, attend)
+        return logits + (positions == 6 + 20).float()[:, None] * 100 * self.head[self.task.close_thinking]
+
+
 def test_a_beam_ends_with_its_best_trace_and_its_verdict(task):
-    """A judge that loves an answer ends the search as soon as there is one; one that hates it lets it stand to the end."""
-    policy = Scripted(task, 20, 15)
+    """A judge that loves an answer ends the search as soon as there is one; one that hates it hopes for the others to the end."""
+    verdict, spent = {}, {}
     for love in (1.0, 0.0):
         judge = Judge(lambda row, love=love: love if row[-1] == task.close_answer else 0.5)
-        assert beam_search(policy, judge, task, [SOLVED], RUN, 2, seeded()) == ([1.0], [60])
+        [verdict[love]], [spent[love]] = beam_search(Torn(task), judge, task, [SOLVED], RUN, 4, seeded(3))
+    assert verdict == {1.0: 0.0, 0.0: 1.0} and spent[1.0] < spent[0.0]
 
 
 class Hasty(Scripted):

@@ -130,8 +130,9 @@ def test_the_ledger_counts_the_actions_that_were_trained(finished):
 
 
 def test_the_runs_of_these_tests_learn(finished):
-    """Rewards differ and gradients are not 0, so equal weights mean something."""
-    assert all(0 < row["reward"] < 1 and row["grad_norm"] > 0 for row in metrics(finished))
+    """Some rewards differ and no gradient is 0, so equal weights mean something; which step has them depends on the machine."""
+    rows = metrics(finished)
+    assert any(0 < row["reward"] < 1 for row in rows) and all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_alpha_zero_is_grpo_bit_for_bit_and_mrt_is_not(finished, out):
@@ -178,6 +179,30 @@ def test_the_prefix_form_measures_one_episode_of_each_continuing_rollout(out):
     """Half of a group is forced to stop, so at most half of the rollouts have an episode, and none has more than one."""
     rows = metrics(run_tiny(out, "--algorithm=mrt", "--steps=2"))
     assert all(0 < row["episodes"] <= 0.5 and row["fork_tokens"] > 0 for row in rows)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys, monkeypatch):
+    """What evaluate.py added to its summary stays there. Unlike a mistake, it is no error."""
+    before = (finished / "summary.json").read_bytes()
+    monkeypatch.setattr(train, "starting_policy", None)
+    words = [str(ROOT / "config/tiny.py"), *FAST, f"--out_dir={finished.parent}", "--resume"]
+    assert train.main(words) == 0 and (finished / "summary.json").read_bytes() == before
+    assert "is finished: python evaluate.py" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_train_one_run(model, tmp_path):
+    """The second one would cut off the first one's records. Whoever has ended, or was killed, is in nobody's way."""
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    run, optimizer = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu"), torch.optim.AdamW(model.parameters())
+    words = [sys.executable, "-c", hold, tmp_path / "lock"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"\n"
+        with pytest.raises(UserError, match="another process is training"):
+            run.begin(tmp_path, model, optimizer, resume=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        other.kill()
+    run.begin(tmp_path, model, optimizer, resume=False)
+    run.end()
 
 
 def test_a_checkpoint_without_an_optimiser_cannot_be_resumed(model, task, tmp_path):
@@ -640,7 +665,7 @@ def test_a_warm_starts_loss_is_that_of_its_weighted_traces(stage):
         ids, packed = torch.tensor(prompt + response), Packed.of(torch.tensor([len(prompt + response)]))
         logprob = (policy(ids, packed.position_ids, packed) @ policy.head.T).log_softmax(-1)
         said = logprob[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None]).squeeze(1)
-        expected -= float(said @ torch.tensor(weight)) / (3 * task.trace_tokens)
+        expected -= float((said @ torch.tensor(weight)).detach()) / (3 * task.trace_tokens)
     assert [float(loss) for loss in warmstart.warm_start(model, task, config, stage)] == pytest.approx([expected], rel=1e-4)
 
 
