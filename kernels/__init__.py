@@ -1,5 +1,5 @@
-"""The operations that decide the speed of nanomrt, behind one name each: Triton on a CUDA device, else `reference`, which says
-what they mean."""
+"""The operations that decide the speed of nanomrt, behind one name each: Triton on a CUDA device, which must be the current one,
+else `reference`, which says what they mean."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Sequence b, which may be empty, is tokens cu_seqlens[b] … cu_seqlens[b+1]-1. So cu_seqlens are integers that begin with 0,
     never fall and end with N or less: tokens behind the last one have zeros for results and gradients. max_seqlen is the length
     of the longest sequence, or more. None of this is checked, which would have to wait for the device: with other starts a kernel
-    reads what is not its own, and with a lower max_seqlen it leaves results unwritten.
+    reads what is not its own; with a lower max_seqlen it leaves results unwritten, and makes gradients, those of earlier tokens
+    too, from memory that nobody wrote.
     """
     return (fused_attention if q.is_cuda else reference.attention)(q, k, v, cu_seqlens, max_seqlen)
 
@@ -50,7 +51,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden (N,C) @ weight.T -> (N,V) in fp32: what the sampler draws from must be as exact as what the loss scores."""
     lower = hidden.is_cuda and hidden.dtype != torch.float32
-    return torch.mm(hidden, weight.T, out_dtype=torch.float32) if lower else hidden @ weight.T
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32) if lower else hidden.float() @ weight.float().T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -7,21 +7,23 @@ for a row of scaled scores s, its running maximum m, normaliser l and output o a
     (2) l' = 2^(m-m') l + sum_n 2^(s_n-m')
     (3) o' = 2^(m-m') o + sum_n 2^(s_n-m') v_n        at the end: out = o / l, and lse = m + log2 l is kept
 
-Backward recomputes p = 2^(s-lse) instead of storing it. out = P V, so dP = dO V'; the softmax's Jacobian takes away the mean:
+Backward recomputes p = 2^(s-lse) instead of storing it. out = P V, so dP = dO Vᵀ (ᵀ transposes); the softmax's Jacobian takes
+away the mean. dS is the gradient of QKᵀ/sqrt(D), which is s ln 2:
 
     (4) delta = sum_n p_n dp_n = dO · out              one number per query: the sum over keys is not needed
     (5) dS = P ∘ (dP - delta)
-    (6) dQ = dS K / sqrt(D)        (7) dV = P' dO        (8) dK = dS' Q / sqrt(D)
+    (6) dQ = dS K / sqrt(D)        (7) dV = Pᵀ dO        (8) dK = dSᵀ Q / sqrt(D)
 
 (6) sums over keys and (7, 8) over queries, so they are two kernels with opposite loops. Each tile of a result has one owner
 that adds in a fixed order: no atomics, the same bits on every run. Tiles start where their sequence starts, so a sequence's
 bits do not depend on its neighbours in the pack either:
 
-       keys  0   1   2   3
-    queries 0 [x] .   .   .      x  on the diagonal: masked, and rows past the sequence's end are read as zeros
-            1 [o] x   .   .      o  wholly visible: no mask, and on sm_90 and sm_100 the copy engine (TMA) loads it
-            2 [o] o   x   .      .  never visited
-            3 [o] o   o   x      [ ] a column, which a program of dK and dV walks down; forward and dQ walk along a row
+      keys:    0   1   2   3
+    queries 0 [x]  .   .   .     x  on the diagonal: masked, in BM/BN tiles; rows past the sequence's end are read as zeros
+            1 [o]  x   .   .     o  wholly visible: no mask, and on sm_90 and sm_100 the copy engine (TMA) loads it
+            2 [o]  o   x   .     .  never visited
+            3 [o]  o   o   x     [ ] a column, which a program of dK and dV walks down; forward and dQ walk along a row. The
+                                 end may cut its last queries off: those are read like x
 
 Scores carry log2(e) / sqrt(D), because the hardware computes 2^x and not e^x. On sm_90 at D 128 this saves 29 % of the forward
 loop's instructions, unmasked tiles 30 %, the copy engine 11 % (at D 64 it adds to the loop of dK and dV: 334, not 314; NOTES.md,
@@ -168,7 +170,7 @@ def dq_kernel(q, k, v, k_desc, v_desc, out, grad, lse, delta, dq, cu_seqlens, q_
     for key in tl.range(first, min(first + BM, end), BN, num_stages=1):
         tile_dq = add_dq(tile_dq, tile, tile_grad, tile_lse, tile_delta, k_rows, v_rows, first, key, end, column, scale,
                          BM, BN, D, True)
-    store_rows(dq, H * D, first, end, head * D, tile_dq * (scale * LN2), BM, D)  # scale · ln 2 = 1 / sqrt(D)
+    store_rows(dq, H * D, first, end, head * D, tile_dq * (scale * LN2), BM, D)  # scale is log2(e) / sqrt(D)
 
 
 @triton.jit
@@ -332,7 +334,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
     All of one type, fp16, bf16 or fp32; kernels/__init__.py says what cu_seqlens and max_seqlen have to be. A head dim that is no
     power of two is filled up with zeros, which costs a copy. Raises ValueError for other types, shapes that don't fit, more than
-    65,534 sequences, one that may be longer than LONGEST, and a head dim over 256.
+    65,534 sequences, one that may be longer than LONGEST, more tiles than a grid has, and a head dim over 256.
     """
     (N, H, D), K, B = q.shape, k.shape[1], len(cu_seqlens) - 1
     if H % K:
@@ -345,8 +347,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"head_dim={D} is over 256, the largest that the attention kernel has tiles for")
     if not 1 <= B <= 65_534:  # rows of a grid, but for the one behind them
         raise ValueError(f"{B} sequences in one pack, which holds 1 to 65,534: lower micro_batch_tokens")
-    if max_seqlen > LONGEST:
-        raise ValueError(f"max_seqlen={max_seqlen} is over {LONGEST}, as far as a grid's tiles reach: pass the longest length")
+    if max_seqlen > LONGEST or H * (B + 1) * triton.cdiv(max_seqlen, 16) >= 2**31:  # programs are counted in 32 bits
+        raise ValueError(f"{B} sequences of max_seqlen={max_seqlen} are more tiles than a grid has: pass the longest length, "
+                         f"up to {LONGEST}, or pack fewer")
     fill = max(16, triton.next_power_of_2(D)) - D
     if fill:
         q, k, v = (F.pad(x, (0, fill)) for x in (q, k, v))

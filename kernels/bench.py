@@ -16,8 +16,8 @@ row's task take at that rate. Goals, minimum / target, stand beside what they ar
   training, and CUDA events time kernels, not Python.
 - `backward` is timed alone, on a graph made just before. Inputs and upstream gradients are random.
 - FLOPs are those of the task and not of the provider: visible (query, key) pairs of the true lengths, so that padding costs
-  and does not count. Forward 4 D per pair and head; backward 2.5 times that. Log-prob: 2 N V C forward, 6 N V C with backward,
-  8 N V C for a provider that computes the logits twice.
+  and does not count. Forward 4 D per pair and head; backward 2.5 times that. Log-prob: 2 N V C forward, 6 N V C with backward.
+  Only a row's share of the matrix product's rate counts what its provider computes: 8 N V C if the logits twice.
 - Decoding is bound by bytes: GB/s count each cached key and value once, however often a provider reads it. So are norms,
   rotations and SwiGLU, for which each number that goes in or comes out counts once.
 - Padding a pack, FlexAttention's block mask, and a prefix copied for every branch are made before the clock starts: presents to

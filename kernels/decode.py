@@ -46,9 +46,12 @@ def chunk_kernel(q, k, v, positions, limits, group, length, part_out, part_lse, 
                  scale, G: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
                  BR: tl.constexpr, BN: tl.constexpr):
     """(1) and (2) of one chunk of a segment's key/value head, for BR of its (branch, head) pairs."""
-    segment, shared, chunk = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
-    pair, d = tl.program_id(2) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    branch, head, real = segment * M + pair // G, shared * G + pair % G, pair // G < M
+    tiles = tl.cdiv(G if group is None else M * G, BR)  # those of one chunk run together, and find it in the L2 cache
+    chunk = tl.program_id(1)
+    of_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    segment, shared = of_head // K, of_head % K
+    pair, d = tile * BR + tl.arange(0, BR), tl.arange(0, BD)
+    branch, head, real = segment * M + pair // G, shared * G + pair % G, pair < M * G
     if group is None:
         row = branch  # a suffix: its segment's only branch
         end = min(chunk * CHUNK + CHUNK, tl.load(length + segment).to(tl.int32))
@@ -158,11 +161,11 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: T
     constants = dict(scale=D**-0.5 * LOG2E, G=H // K, K=K, D=D, BD=BD, CHUNK=CHUNK)
     if prefix_parts:
         tile = tile_of(q, shared=True)
-        chunk_kernel[S * K, prefix_parts, triton.cdiv(M * H // K, tile.BR)](
+        chunk_kernel[S * K * triton.cdiv(M * H // K, tile.BR), prefix_parts](
             q, prefix_k, prefix_v, positions.contiguous(), limit.contiguous(), group.contiguous(), None, part_out, part_lse,
             *prefix_k.stride()[:3], M, L, R, 0, **constants, **tile._asdict())
     tile = tile_of(q, shared=False)
-    chunk_kernel[R * K, suffix_parts, triton.cdiv(H // K, tile.BR)](
+    chunk_kernel[R * K * triton.cdiv(H // K, tile.BR), suffix_parts](
         q, suffix_k, suffix_v, None, None, None, length.contiguous(), part_out, part_lse, *suffix_k.stride()[:3], 1, t, R,
         prefix_parts, **constants, **tile._asdict())
     merge_kernel[R, H](part_out, part_lse, out, prefix_parts + suffix_parts, D=D, BD=BD, num_warps=1)

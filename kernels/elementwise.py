@@ -152,6 +152,8 @@ def rms_norm_backward(x: Tensor, weight: Tensor, g: Tensor, eps: float) -> tuple
 def turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """(4) of x (N,H,D) by the angles of cos and sin (N,1,D), or by their negatives."""
     x, (N, H, D) = x.contiguous(), x.shape
+    if D % 2:
+        raise ValueError(f"x {tuple(x.shape)}: numbers are turned in pairs, so D={D} must be even")
     if not cos.shape == sin.shape == (N, 1, D):
         raise ValueError(f"x {tuple(x.shape)} needs cos and sin ({N}, 1, {D}), not {tuple(cos.shape)} and {tuple(sin.shape)}: "
                          "expand them, which copies nothing")

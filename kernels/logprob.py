@@ -11,28 +11,28 @@ numbers per token. In base 2, z = (hidden · w) log2(e) / T, over one tile of th
                                                            around 0 (1.3e-6), where sum p z - m would be off by 1.9e-5
     (4) log2 p(y) = z_y - m - log2 l          (5) entropy = log2 l - t/l          both times ln 2
 
-The vocabulary is cut into SPLITS parts so that few rows still fill a GPU; `merge_kernel` joins the parts in their order. Neither
-depends on how many rows there are, so a row's bits don't either.
+The vocabulary is cut into SPLITS parts, so that 2,112 rows fill the 132 multiprocessors of an H100, and not 16,896;
+`merge_kernel` joins the parts in their order. Neither depends on how many rows there are, so a row's bits don't either.
 
 Backward, for upstream gradients g of log p and e of the entropy, recomputes the logits of one chunk of the vocabulary at a time:
 
     (6) dz_v = (g [v=y] - p_v (g + e (ln p_v + entropy))) / T       the gradient of hidden · w_v
-    (7) dhidden = sum over chunks of dz @ weight[chunk]    (8) dweight[chunk] = dz' @ hidden
+    (7) dhidden = sum over chunks of dz @ weight[chunk]    (8) dweight[chunk] = dzᵀ @ hidden
 
 (6) is written in the precision of the inputs, b bytes a number; (7) and (8) are library products in fp32. Neither dz, (N,chunk),
 nor the product of (8), (chunk,C), takes more than WORKSPACE bytes, unless 256 tokens do:
 
     (9) chunk = WORKSPACE / max(b N, 4 C)                  in steps of 256
 
-        vocabulary  |  split 0  |  split 1  |  …           forward: a program owns BM rows of one split and walks to the right
-    rows   BM  [o o o o o] [o o o o o]                     o: one BM x BV tile of logits, C/BK products deep, gone once absorbed
-           BM  [o o o o o] [o o o o o]                     programs that run together share a column: the weight is read once
+   vocabulary  |  split 0  |  split 1  |  …      forward: a program owns BM rows of one split and walks to the right
+    rows   BM  [o o o o o] [o o o o o]           o: one BM x BV tile of logits, C/BK products deep, gone once absorbed
+           BM  [o o o o o] [o o o o o]           programs that run together share a column: the weight is read once
 
 `token_loss` is the one-pass mode: a policy-gradient loss is a function of each token's log p alone, so g and e are known as soon
 as a few thousand tokens have theirs. It keeps those tokens' logits (in fp16: bf16 would cost 4 % of p at |z| = 20), turns them
 into dz in place and multiplies on: 6 N V C operations instead of 8, for 6 % less time on an H100 (N 16,384, C 1536, V 151,936,
-2,048 tokens at a time; this WORKSPACE has room for 1,664). Training doesn't use it: `train.update` makes its loss of log-probs
-behind the head, on any device, and doesn't hand it in.
+2,048 tokens at a time; this WORKSPACE has room for 1,664, whose 104 programs leave a fifth of an H100 idle). Training doesn't use
+it: `train.update` makes its loss of the log-probs that `token_logprobs` returns, on any device, and has none to hand in.
 
 Left out: bias, soft capping, label smoothing. Dimension key: N rows, C width, V vocabulary.
 """
@@ -44,6 +44,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.hardware import LN2, LOG2E, descriptor, tiles_for
 
@@ -211,7 +212,10 @@ def matrix(x: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, summed and returned in fp32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    with torch.autocast(a.device.type, enabled=False):  # which would round the product of two fp32 matrices
+        return a.float() @ b.float()
 
 
 def statistics(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, stored: Tensor | None) -> list[Tensor]:
@@ -325,6 +329,8 @@ def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     WORKSPACE. The gradients of hidden and weight are complete when this returns.
     """
     check(hidden, weight, targets)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # then no gradient is needed, and none computed
     return _OnePass.apply(hidden, weight, targets.contiguous(), temperature, loss_of)
 
 
@@ -349,6 +355,8 @@ class _OnePass(torch.autograd.Function):
                 part = loss_of(p, s, rows)
                 g, e = torch.autograd.grad(part, (p, s), materialize_grads=True)
             loss += part.detach()
+            if not (need_hidden or need_weight):
+                continue
             dz = z.view(dtype)[:, :V]  # in place: each number is read, then written over
             write_dz(dz, h[rows], w, targets[rows], lse, entropy[rows], g.contiguous(), e.contiguous(), temperature, 0, z)
             if need_hidden:
@@ -361,6 +369,7 @@ class _OnePass(torch.autograd.Function):
         return loss, logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         dhidden, dweight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]

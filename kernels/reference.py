@@ -17,8 +17,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"{H} query heads can't share {K} key/value heads: H must be a multiple of K")
     starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]  # (B,1)
     step = torch.arange(max_seqlen, device=q.device)  # (T,)
-    # Padding repeats some real token; it lies after every real key of its row, so the causal mask hides it.
-    take = (starts + step).clamp(max=N - 1)  # (B,T) where each padded token reads from
+    if not N:
+        return torch.zeros_like(q)
+    # Padding repeats a sequence's last token; it lies after every real key of its row, so the causal mask hides it.
+    take = torch.minimum(starts + step, starts + lengths - 1).clamp(min=0)  # (B,T) where each padded token reads from
     pad = lambda x: x.index_select(0, take.flatten()).unflatten(0, take.shape).transpose(1, 2)  # (B,·,T,D)
     k, v = (pad(x).repeat_interleave(H // K, dim=1) for x in (k, v))  # (B,H,T,D)
     out = F.scaled_dot_product_attention(pad(q), k, v, is_causal=True).transpose(1, 2)  # (B,T,H,D)
@@ -44,12 +46,12 @@ def branch_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, positions: T
     # The rows of a segment read it once, together: one matrix product per segment instead of one vector product per row.
     together = q.flatten(0, 1).index_select(0, asks).view(S, K, M * G, D)
     unseen = torch.where(positions[:, None] < limit[..., None], 0.0, -1e30)  # (S,M,L)
-    scores = (together @ prefix_k.mT).view(S, K, M, G, L).add_(unseen[:, None, :, None])
+    scores = (together @ prefix_k.mT).float().view(S, K, M, G, L).add_(unseen[:, None, :, None])
     p, lse = _softmax_and_lse(scores)  # (S,K,M,G,L), (S,K,M,G,1)
     out = p.view(S, K, M * G, L).to(q.dtype) @ prefix_v  # (S,K,M·G,D)
     lse, out = (x.view(S * K * M, G, -1).index_select(0, answer.flatten()).view(R, K, G, -1) for x in (lse, out))
     beyond = torch.where(torch.arange(t, device=q.device) < length[:, None], 0.0, -1e30)  # (R,t)
-    own_p, own_lse = _softmax_and_lse((q @ suffix_k.mT).add_(beyond[:, None, None]))  # (R,K,G,t), (R,K,G,1)
+    own_p, own_lse = _softmax_and_lse((q @ suffix_k.mT).float().add_(beyond[:, None, None]))  # (R,K,G,t), (R,K,G,1)
     share = torch.sigmoid(lse - own_lse).to(q.dtype)  # the prefix's part of the whole softmax; 0 where none of it is seen
     return torch.lerp(own_p.to(q.dtype) @ suffix_v, out, share).reshape(R, H, D)
 

@@ -9,7 +9,7 @@ called, and that is all.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -37,10 +37,10 @@ class Recording:
 
     def __call__(self) -> None:
         if self.pool and self.ran and self.graph is None:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 self.graph = self.capture()
-            except torch.OutOfMemoryError:  # a capture can't take back what PyTorch caches; now it is free
-                torch.cuda.empty_cache()
+            if self.graph is None:
+                torch.cuda.empty_cache()  # a capture can't take back what PyTorch caches; what failed has gone with its error
                 self.graph = self.capture()
             self.previous = None
         if self.graph is None:

@@ -172,7 +172,8 @@ TWO = torch.tensor([0, 2])
     (lambda q, k, v: pack((2,), 1, 1, 257)[0], TWO, 2, "head_dim=257 is over 256"),
     (lambda q, k, v: (q, k, v), torch.zeros(65_536, dtype=torch.int64), 2, "65535 sequences .* lower micro_batch_tokens"),
     (lambda q, k, v: (q, k, v), TWO[:1], 2, "0 sequences"),
-    (lambda q, k, v: (q, k, v), TWO, 2**20, "max_seqlen=1048576 is over 1048560, .*: pass the longest length"),
+    (lambda q, k, v: (q, k, v), TWO, 2**20, "max_seqlen=1048576 are more tiles .* the longest length, up to 1048560"),
+    (lambda q, k, v: (q, k, v), torch.zeros(65_535, dtype=torch.int64), 2**18, "65534 sequences .* more tiles than a grid has"),
 ])
 def test_attention_refuses_what_it_cannot_do(change, starts, longest, message):
     """Heads, shapes and types that it would misread; sizes that it has no tiles or no grid for."""
@@ -355,7 +356,25 @@ def test_one_pass_equals_two(dtype, monkeypatch):
         given = [x if x is leaf else x.detach() for x in leaves]
         again = token_loss(*given, targets, 0.8, loss_of)[0]
         assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(2 * again, leaf)[0], gradients[i])
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # its gradients are numbers, and not functions
+        gradient = torch.autograd.grad(loss**2, leaves, create_graph=True)[0]
+        gradient.sum().backward()
+    monkeypatch.setattr(importlib.import_module("kernels.logprob"), "write_dz", None)  # nobody needs a gradient now
     assert not token_loss(hidden, weight, targets, 0.8, loss_of)[0].requires_grad
+    with torch.no_grad():
+        assert torch.equal(token_loss(*leaves, targets, 0.8, loss_of)[0], loss)
+
+
+def test_one_pass_in_fp32_is_exact_under_autocast():
+    """Which would round the products (7) and (8) to bf16."""
+    hidden, weight, targets = logprob_case(5, 24, 33)
+    gradients = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = token_loss(*leaves, targets, 1.0, lambda logprob, entropy, rows: (logprob * logprob).sum())[0]
+        gradients.append(torch.autograd.grad(loss, leaves))
+    assert all(map(torch.equal, *gradients))
 
 
 def test_the_default_type_is_not_that_of_the_results():
@@ -478,6 +497,7 @@ def test_elementwise_kernels_of_nothing_and_of_frozen_weights():
     (lambda x: rms_norm(x, x.new_ones(8), 1e-6, FULL), "rows of 16 numbers, but there are 8 weights"),
     (lambda x: rotate(x, *(angle[:1] for angle in angles(4, 16))), r"needs cos and sin \(4, 1, 16\), not \(1, 1, 16\)"),
     (lambda x: rotate(x, *angles(4, 8)), r"not \(4, 1, 8\)"),
+    (lambda x: rotate(x[..., :15], *(angle[..., :15] for angle in angles(4, 16))), "D=15 must be even"),
     (lambda x: swiglu(x, x[:1]), "must be alike"),
     (lambda x: swiglu(x, x.half()), "must be alike"),
 ])

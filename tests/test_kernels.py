@@ -111,6 +111,24 @@ def test_no_value_crosses_a_sequence_or_the_present():
     assert same.tolist() == [not 5 <= t <= 7 for t in range(12)]
 
 
+def test_a_nan_stays_in_its_sequence():
+    """Padding is the sequence's own, and not of the next one: 0 times nan is nan."""
+    q, k, v = (randn(9, 2, 4, seed=seed).requires_grad_() for seed in (0, 1, 2))
+    with torch.no_grad():
+        q[3:7], k[3:7], v[3:7] = (torch.nan,) * 3  # the second of (3, 4, 0, 2)
+    out = attention(q, k, v, starts_of((3, 4, 0, 2)), 4)
+    gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for x in (out, *gradients):
+        assert x[:3].isfinite().all() and x[7:].isfinite().all()
+    assert out[3:7].isnan().all()
+
+
+def test_attention_of_no_token():
+    """There may be sequences, all of them empty, and max_seqlen is a bound."""
+    leaves = [torch.zeros(0, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    assert attention(*leaves, starts_of((0, 0)), 5).shape == (0, 4, 4)
+
+
 def test_attention_takes_views():
     """q, k and v may be slices of one wider tensor."""
     wide = randn(7, 8, 12)
@@ -220,6 +238,14 @@ def test_branch_attention_with_extreme_scores(level, where):
     out = branch_attention(q, prefix_k, prefix_v, *places, own_k, own_v, length)
     expected = slow_branch_attention(q, prefix_k, prefix_v, own_k, own_v, length, owner)
     torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_branch_attention_in_fp16_of_a_row_that_sees_nothing_of_its_prefix():
+    """-1e30 would be -inf there, and a softmax of nothing else nan."""
+    arguments, owner = branch_case(1, 2, 3, 0, [[9, 0], [2]])
+    arguments = [x.clamp(-100, 100) for x in arguments]  # what nobody sees is finite in fp16, too
+    half = [x.half() if x.is_floating_point() else x for x in arguments]
+    torch.testing.assert_close(branch_attention(*half).float(), branch_attention(*arguments), atol=2e-3, rtol=2e-3)
 
 
 # --- token_logprobs ---
