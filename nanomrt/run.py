@@ -99,7 +99,7 @@ class Run:
         """Start afresh from the policy in `start`, which `model` holds, or load the newest good checkpoint into `model` and
         `optimizer` and drop what came after it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")  # let go of when this process ends, however it does
+        self._lock = (self.folder / ".lock").open("w")  # let go of when this process ends, however it does
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -194,12 +194,12 @@ def test_two_processes_do_not_train_one_run(model, tmp_path):
     """The second one would cut off the first one's records. Whoever has ended, or was killed, is in nobody's way."""
     hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
     run, optimizer = Run(load_config(ROOT / "config/tiny.py"), tmp_path, "cpu"), torch.optim.AdamW(model.parameters())
-    words = [sys.executable, "-c", hold, tmp_path / "lock"]
+    words = [sys.executable, "-c", hold, tmp_path / ".lock"]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"\n"
         with pytest.raises(UserError, match="another process is training"):
             run.begin(tmp_path, model, optimizer, resume=False)
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         other.kill()
     run.begin(tmp_path, model, optimizer, resume=False)
     run.end()
