@@ -39,4 +39,5 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    """The same with a value as JSON."""
     replace_text(path, json.dumps(value, indent=indent) + "\n")

@@ -97,7 +97,7 @@ class Run:
 
     def begin(self, start: Path, model: Llama, optimizer: torch.optim.Optimizer, resume: bool) -> None:
         """Start afresh from the policy in `start`, which `model` holds, or load the newest good checkpoint into `model` and
-        `optimizer` and drop what came after it."""
+        `optimizer` and drop what came after it. Raises UserError if another process trains this run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")  # let go of when this process ends, however it does
         try:

@@ -113,9 +113,9 @@ def test_what_is_no_number(text):
 @pytest.mark.parametrize("step, arithmetic", [
     ("so 2 + 3 = 5", 1.0), ("so 2+3=6", 0.0), ("$1,200 x 2 = $2,400", 1.0), ("10 / 3 = 3.33", 1.0), ("10 / 3 = 3.3", 0.0),
     ("5 - 8 = -3", 1.0), ("2 + 3 = 5 and 5 + 1 = 7", 0.5),
+    (".5 x 4 = 2 and 1 + 1 = 2", 1.0), ("$.75 * 8 = $6, 1 + 1 = 2", 1.0),  # not read from behind the point, which would be wrong
     # no equation of two numbers: nothing is said of them
     ("2 * 3 * 4 = 24", 0.0), ("(3 + 4) * 2 = 14", 0.0), ("20 * 10% = 2", 0.0), ("x = 5", 0.0), ("2 + 3", 0.0),
-    (".5 x 4 = 2", 0.0), ("$.75 * 8 = $6", 0.0),
 ])
 def test_equations_of_two_numbers_are_checked(task, step, arithmetic):
     response = [task.open_episode, *task.tokenizer.encode(step), task.close_thinking]

@@ -242,7 +242,7 @@ def test_branch_attention_with_extreme_scores(level, where):
 
 def test_branch_attention_in_fp16_of_a_row_that_sees_nothing_of_its_prefix():
     """-1e30 would be -inf there, and a softmax of nothing else nan."""
-    arguments, owner = branch_case(1, 2, 3, 0, [[9, 0], [2]])
+    arguments, _ = branch_case(1, 2, 3, 0, [[9, 0], [2]])
     arguments = [x.clamp(-100, 100) for x in arguments]  # what nobody sees is finite in fp16, too
     half = [x.half() if x.is_floating_point() else x for x in arguments]
     torch.testing.assert_close(branch_attention(*half).float(), branch_attention(*arguments), atol=2e-3, rtol=2e-3)
