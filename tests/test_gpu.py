@@ -326,10 +326,10 @@ def test_a_second_run_has_the_same_bits():
     assert all(same_bits(first, every_op()) for _ in range(3))
 
 
-@pytest.mark.parametrize("D", [64, 128])
-def test_neighbours_do_not_change_a_sequence(D):
+@pytest.mark.parametrize("D, lengths", [(64, (300, 1, 129, 0, 517)), (128, (300, 1, 129, 0, 517)), (16, (70, 1, 0, 33))],
+                         ids=["64", "128", "few"])
+def test_neighbours_do_not_change_a_sequence(D, lengths):
     """Alone or in a pack: the same bits, in the result and in the gradients."""
-    lengths = (300, 1, 129, 0, 517)
     *inputs, upstream = pack(lengths, D=D)
     whole = with_gradients(lambda *x: attend(*x, lengths), inputs, upstream)
     start = 0
