@@ -133,7 +133,7 @@ def to_hf(config: ModelConfig) -> dict:
 
 
 def from_hf(config: dict) -> ModelConfig:
-    """Read Hugging Face's keys. Raises UserError for what this model does not do."""
+    """Read Hugging Face's keys. Raises UserError for what this model does not do; but for dropout, which it does without."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"model_type={kind!r} is not supported; these are: {', '.join(ARCHITECTURES)}")

@@ -3,6 +3,7 @@
 This is where problems, tokens and verdicts meet; `mrt.py` only ever sees the tensors of a `Batch`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,14 @@ def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seq
 
 
 def grade(task: Task, problems: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
-    return [task.grade(problem, text) for problem, text in zip(problems, task.texts(responses))]
+    """The verdicts. Raises ValueError if one is no finite number: it would be in the advantage of its whole group."""
+    texts = task.texts(responses)
+    verdicts = [task.grade(problem, text) for problem, text in zip(problems, texts)]
+    for row, verdict in enumerate(verdicts):
+        if not math.isfinite(verdict):
+            raise ValueError(f"row {row}: {type(task).__name__}.grade says {verdict} of {texts[row]!r}, an answer to "
+                             f"{problems[row]}; a verdict must be a finite number")
+    return verdicts
 
 
 def continue_from(model: Llama, task: Task, problems: Sequence, prefix: Segments, segment: Sequence[int],

@@ -75,7 +75,7 @@ def forward_and_gradients(function, inputs, starts, longest: int, upstream: Tens
 @pytest.mark.parametrize("lengths, H, K, D", [
     ((1, 17, 127), 1, 1, 16), ((129, 0, 1), 3, 1, 32), ((200,), 1, 1, 32), ((0, 64, 200, 0), 2, 1, 64), ((5, 20), 6, 1, 16),
     ((33,), 7, 1, 32), ((40, 3), 2, 1, 80), ((17, 20), 2, 2, 96), ((170,), 2, 1, 128), ((150,), 1, 1, 256), ((1, 1, 1), 2, 2, 16),
-    ((200,), 2, 1, 8),
+    ((200,), 2, 1, 8), ((33, 6), 4, 1, 16),
 ], ids=str)
 def test_attention_and_its_gradients(lengths, H, K, D, dtype):
     """Output, dQ, dK and dV equal the reference in float64, for ragged packs, shared heads and any head dim."""

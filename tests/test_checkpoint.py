@@ -192,6 +192,7 @@ def test_hugging_face_configs_are_understood(config):
     del raw["rope_theta"], raw["head_dim"]
     read = checkpoint.from_hf(raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     assert read.rope_theta == 5e5 and read.head_dim == config.hidden_size // config.num_attention_heads
+    assert checkpoint.from_hf(raw | {"attention_dropout": 0.1}) == checkpoint.from_hf(raw)  # whoever is trained on is not dropped
 
 
 def test_what_hugging_face_leaves_out_has_its_defaults(config):

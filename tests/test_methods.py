@@ -16,7 +16,7 @@ from nanomrt import rollout
 from nanomrt.config import ALGORITHMS, READ_BY, SUPERVISED, RunConfig
 from nanomrt.methods import METHODS, Gathered
 from nanomrt.model import Llama, Packed
-from nanomrt.rollout import boundaries, examples, force_answers, roll_out, training_sampling
+from nanomrt.rollout import boundaries, examples, force_answers, grade, roll_out, training_sampling
 from nanomrt.run import Run
 
 PROBLEMS, GROUP = 6, 4
@@ -102,6 +102,16 @@ def new_episodes(task: Countdown, gathered: Gathered, r: int, begin: int) -> lis
 
 
 # --- What all methods share ---
+
+
+@pytest.mark.parametrize("verdict", [float("nan"), float("inf")])
+def test_a_verdict_that_is_no_number_is_an_error_that_names_its_row(task, monkeypatch, verdict):
+    problem = task.problems("train", 1, 0)[0]
+    monkeypatch.setattr(task, "grade", lambda problem, text: verdict if "7" in text else 1.0)
+    responses = [task.tokenizer.encode(text) for text in ("8", "7")]
+    assert grade(task, [problem], responses[:1]) == [1.0]
+    with pytest.raises(ValueError, match=f"row 1: .*grade says {verdict} of '7', an answer to Problem"):
+        grade(task, [problem] * 2, responses)
 
 
 def test_every_algorithm_of_the_config_is_a_method():

@@ -350,8 +350,7 @@ def test_every_pass_sees_every_rollout_once(model, imitated, tmp_path, monkeypat
     assert ratios[0] < 1e-5 and min(ratios[1:]) > 1e-3 and learned["max_logprob_diff"] == ratios[0]
 
 
-def test_a_skipped_update_leaves_the_parameters_alone(out, monkeypatch):
-    """A NaN in every gradient: nothing moves, the run stops, and says what to do."""
+def test_a_run_of_non_finite_gradients_stops_and_says_what_to_do(out, monkeypatch):
     monkeypatch.setattr(train, "clipped_loss", lambda logprob, *_: (logprob * float("nan")).sum())
     with pytest.raises(UserError, match="three gradients in a row"):
         run_tiny(out)
@@ -365,6 +364,31 @@ def imitated(task) -> tuple[Batch, torch.Tensor]:
     batch = graded(task, problems, [0, 1, 2], tokens).batch()
     g = torch.Generator().manual_seed(0)
     return replace(batch, logprob=torch.randn(batch.logprob.shape, generator=g)), torch.rand(len(batch.tokens), generator=g)
+
+
+def test_a_skipped_update_leaves_the_parameters_alone(model, imitated, tmp_path, monkeypatch):
+    """NaN in every gradient: nothing moves, though the optimiser would decay the weights. Without it everything moves."""
+    batch, advantage = imitated
+    config = replace(load_config(ROOT / "config/tiny.py"), minibatches=1, warmup_steps=0, learning_rate=0.1)
+    run, optimizer = Run(config, tmp_path, "cpu"), torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "clipped_loss", lambda logprob, *_: (logprob * float("nan")).sum())
+        train.update(model, optimizer, batch, advantage, None, run)
+    assert run.skipped == 1 and all(map(torch.equal, model.parameters(), before))
+    train.update(model, optimizer, batch, advantage, None, run)
+    assert run.skipped == 1 and not any(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("keys", [{}, {"epochs": 2, "minibatches": 3}, {"micro_batch_tokens": 1}], ids=str)
+def test_the_entropy_of_a_log_line_is_the_mean_over_all_tokens(model, imitated, tmp_path, keys):
+    """log V for uniform logits, however many passes, steps and parts the tokens are seen in."""
+    batch, advantage = imitated
+    torch.nn.init.zeros_(model.head)
+    config = replace(load_config(ROOT / "config/tiny.py"), **{"minibatches": 1, "learning_rate": 1e-12} | keys)
+    learned = train.update(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, advantage, None,
+                           Run(config, tmp_path, "cpu"))
+    assert learned["entropy"] == pytest.approx(math.log(model.config.vocab_size), rel=1e-5)
 
 
 def test_a_step_is_no_longer_than_its_clipped_gradient(model, imitated, tmp_path):
