@@ -268,7 +268,7 @@ def imitation_credit(batch: Batch, episodes: Episodes | None, config: RunConfig)
 
 
 def plain_credit(batch: Batch, episodes: Episodes | None, config: RunConfig) -> Tensor:
-    """Supervised learning of everything: A = 1, the log-likelihood."""
+    """Supervised fine-tuning (SFT): everything is right, A = 1, so the loss is -sum_t w_t log pi(a_t)."""
     return batch.is_action.float()
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nanomrt.config import RunConfig, TokenCounts, load_config
 from nanomrt.mrt import (
     Batch,
+    Episodes,
     anytime_credit,
     clipped_loss,
     discounted_credit,
@@ -189,10 +190,12 @@ def test_fact_2_a_bonus_per_rollout_is_normalised_away():
 def test_fact_3_a_baseline_of_the_context_has_the_outcome_gradient(theta):
     """E[(reward - J_prefix) · grad log pi] = E[reward · grad log pi], with the prefix after the first token."""
     logprob = sequence_logprobs(theta, SEQUENCES)
-    p, after = logprob.sum(1).exp().detach(), logprob[:, 1:].sum(1)  # the tokens after the prefix
+    p, after = logprob.detach().sum(1, keepdim=True).exp(), logprob[:, 1:]  # (27,1), (27,2) the tokens after the prefix
     J = J_TABLE[prefix_index(SEQUENCES)[:, 1]]
-    with_baseline = torch.autograd.grad((p * (REWARD - J) * after).sum(), theta, retain_graph=True)[0]
-    assert close(with_baseline, torch.autograd.grad((p * REWARD * after).sum(), theta)[0], 1e-12)
+    gradient = lambda A: torch.autograd.grad(clipped_loss(after, after.detach(), A[:, None], p, 0.2, 0.2), theta,
+                                             retain_graph=True)[0]
+    assert close(gradient(REWARD - J), gradient(REWARD.double()), 1e-12)
+    assert gradient(REWARD.double()).abs().max() > 1e-2
 
 
 def mixed_group_gradient(p_continue: torch.Tensor, p_stop: torch.Tensor, decision: torch.Tensor | None, m_t: int, m_c: int):
@@ -275,9 +278,10 @@ def test_fact_7_the_anytime_credit_is_made_of_P_times_J(lengths, left, data):
 @pytest.mark.parametrize("m, quoted", [(1, 0.71), (4, 0.35), (8, 0.25), (20, 0.16)])
 def test_fact_8_noise_of_a_zero_progress_estimate(m, quoted):
     """The difference of two independent means of m verdicts at p = 1/2 has std sqrt(2 p (1 - p) / m), exactly."""
-    p = torch.tensor([math.comb(m, k) * 0.5**m for k in range(m + 1)], dtype=torch.float64)
-    mean = torch.arange(m + 1, dtype=torch.float64) / m
-    variance = (p[:, None] * p * (mean[:, None] - mean) ** 2).sum()
+    p = torch.tensor([math.comb(m, k) * 0.5**m for k in range(m + 1)], dtype=torch.float64)  # of each mean of m verdicts
+    J_before, J_after = torch.cartesian_prod(*2 * [torch.arange(m + 1, dtype=torch.float64) / m]).T
+    progress = Episodes(*3 * [torch.arange(len(J_before))], J_before, J_after).progress()
+    variance = (torch.outer(p, p).flatten() * progress**2).sum()
     assert variance.sqrt().item() == pytest.approx(math.sqrt(0.5 / m)) == pytest.approx(quoted, abs=0.005)
 
 
