@@ -49,7 +49,7 @@ from nanomrt.config import (
     run_name,
 )
 from nanomrt.files import write_json
-from nanomrt.run import choose_device, device_of, finished
+from nanomrt.run import choose_device, commit, device_of, finished
 from nanomrt.warmstart import cached_warm_start, warm_folder
 
 TAKEN = {  # keys with a place of their own, and which
@@ -98,10 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job in jobs:
         if changed := differences(job.made_with, job.config):
             print(f"warning: {job.result} was made with {changed}; remove it to train it anew", file=sys.stderr)
+        if "-modified" in job.made_by and job.made_by != commit():  # code that no commit keeps
+            print(f"warning: {job.arm}, seed {job.config.seed}, is of code that has changed since; remove {job.result} and "
+                  f"{job.run} to train it anew", file=sys.stderr)
     agree({job.result.stem: job.made_with for job in jobs}, MEASURED,
           "runs are compared by the same measurements: give such a key to all, as --key=value")
     folder.mkdir(parents=True, exist_ok=True)
-    run_all([job for job in jobs if not job.result.is_file()], args.jobs)
+    missing = [job for job in jobs if not job.result.is_file()]
+    for job in missing:
+        refuse_another_run(job)
+    run_all(missing, args.jobs)
     arms: dict[str, list[dict]] = {}
     for job in jobs:
         arms.setdefault(labels[names.index(job.arm)], []).append(json.loads(job.result.read_text()))
@@ -168,6 +174,14 @@ class Job:
         if not self.result.is_file():
             return asdict(self.config)
         return complete(json.loads(self.result.read_text())["config"])
+
+
+    @property
+    def made_by(self) -> str:
+        """The commit of its result, or of its run; '' if there is neither."""
+        if self.result.is_file():
+            return json.loads(self.result.read_text()).get("commit", "")
+        return next((row.get("commit", "") for row in report.read_jsonl(self.run / "metrics.jsonl")[:1]), "")
 
 
 def file_name(start: str, paths: Iterable[Path], shared: dict[str, str], split: str) -> str:
@@ -245,10 +259,8 @@ def train_warm_start(job: Job) -> None:
         cached_warm_start(train.checked_task(job.config), job.config, choose_device(job.config), False)
 
 
-def run_job(job: Job) -> None:
-    """Train, or go on training; then evaluate every checkpoint; its file appears whole, at the end."""
-    words = [str(job.config_path), *(f"--{name}={value}" for name, value in job.overrides.items())]
-    job.run.parent.mkdir(parents=True, exist_ok=True)
+def refuse_another_run(job: Job) -> None:
+    """Raises UserError if the job's folder holds a run that was trained otherwise."""
     begun, threads = job.run / "config.json", job.config.threads
     try:
         before = read_config(begun) if begun.is_file() else job.config
@@ -258,9 +270,15 @@ def run_job(job: Job) -> None:
             raise UserError(f"it was trained with {changed}")
     except UserError as error:
         raise UserError(f"{job.run} is there, but {error}: remove it, or train elsewhere with --out_dir=out/compare") from None
+
+
+def run_job(job: Job) -> None:
+    """Train, or go on training; then evaluate every checkpoint; its file appears whole, at the end."""
+    words = [str(job.config_path), *(f"--{name}={value}" for name, value in job.overrides.items())]
+    job.run.parent.mkdir(parents=True, exist_ok=True)
     if not finished(job.run):
         with open(f"{job.run}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-            code = train.main(words + ["--resume"] * begun.is_file())
+            code = train.main(words + ["--resume"] * (job.run / "config.json").is_file())
         if code:
             raise UserError(f"{job.run} was interrupted: the same command goes on with it")
     write_json(job.result, evaluated(job), indent=None)

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         with run.timed("trace"):
             gathered = method.gather(model, task, problems, config, generator_for(config.seed, "sample", run.step))
         with run.timed("update"):
-            # 2. Credit: the outcome to every token, progress to the tokens of the episode that made it.
+            # 2. Credit: what each token is worth. MRT: the outcome to all, progress to those of the episode that made it.
             ref_logprob = rescore(reference, gathered.batch, config) if reference else None  # (N,)
             batch = with_k1_penalty(gathered.batch, ref_logprob, config)
             advantage = method.credit(batch, gathered.episodes, config)  # (N,)
@@ -182,7 +182,8 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
             loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
             seen.update(observed(loss.detach(), logprob.detach(), old, entropy.detach(), config))
-            if index == 0:  # before the first step both distributions are the same, so this is the sampler's error
+            if index == 0:  # before the first step both distributions are the same, so this is the sampler's error, unless
+                # `old` is not the sampler's: `importance_weighted` has measured it then, and what is imitated has none
                 differences.append(logprob.detach() - old)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         seen["grad_norm"] += norm

@@ -13,7 +13,7 @@ TASKS = {"countdown": Countdown, "gsm8k": GSM8K}
 
 def load_task(config: RunConfig, checkpoint: Path | None = None) -> Task:
     """The task of a config; a pretrained model's vocabulary is taken from a checkpoint of the run, if there is one. Raises
-    ValueError with the fix if its keys are impossible or its data are missing."""
+    UserError with the fix if its keys are impossible or its data are missing."""
     if config.warm_from and checkpoint:  # the folder that the run began with may have gone since
         config = replace(config, warm_from=str(checkpoint))
     return TASKS[config.task](config)

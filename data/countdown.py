@@ -228,6 +228,7 @@ class Countdown(Task):
             if way:
                 last, kept = way
             elif success:
+                # Who goes on has drawn 1 - trace_go_on or more: the upper share trace_wander of that wanders.
                 last = next(untried) if draw >= 1 - config.trace_go_on * config.trace_wander else success
             elif last is None or rng.random() >= config.trace_repeat:
                 last = rng.choice(by_value[problem.target]) if rng.random() < config.trace_hint else next(untried)

@@ -42,7 +42,7 @@ class Task(ABC):
     # --- Problems ---
 
     def problems(self, split: str, count: int, seed: int | str) -> list[Any]:
-        """`count` problems of one of SPLITS, with repetition, a function of (seed, split) alone."""
+        """`count` problems of one of SPLITS, with repetition, a function of (seed, split) and the config."""
         return list(islice(self.draws(split, seed), count))
 
     def draws(self, split: str, seed: int | str) -> Iterator[Any]:

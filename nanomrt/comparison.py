@@ -65,14 +65,16 @@ def value_at(points: Sequence[dict], axis: str, place: float, problems: str) -> 
 def interval(statistic: Callable[..., float], *arms: Values) -> tuple[float, float, float]:
     """Value and 95 % interval of a statistic of one or more arms: S - 1 seeds (see above) and P problems are drawn with
     replacement, the same ones for every arm. The arms must have the same seeds. A draw for which it is nan, undefined, is left
-    out."""
+    out; if most are, there is no interval."""
     rng = np.random.default_rng(0)
     S, P = next(iter(arms[0].values())).shape
     drawn = []
     for _ in range(RESAMPLES):
         seeds, problems = rng.integers(S, size=max(S - 1, 1)), rng.integers(P, size=P)
         drawn.append(statistic(*({name: x[seeds][:, problems] for name, x in arm.items()} for arm in arms)))
-    defined = [x for x in drawn if not math.isnan(x)] or [math.nan]
+    defined = [x for x in drawn if not math.isnan(x)]
+    if len(defined) < RESAMPLES / 2:
+        defined = [math.nan]
     low, high = np.quantile(defined, [0.025, 0.975], method="inverted_cdf")
     return float(statistic(*arms)), float(low), float(high)
 
@@ -194,7 +196,7 @@ def cell(metric: tuple[Callable[..., float], int], *arms: Values | None, sign: s
         return ""
     statistic, digits = metric
     value, low, high = interval(statistic, *arms)
-    return "-" if math.isnan(value) else f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
+    return "-" if math.isnan(value + low) else f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f} {high:{sign}.{digits}f}]"
 
 
 # --- Figures ---

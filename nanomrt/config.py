@@ -148,7 +148,7 @@ class RunConfig:
 
     # algorithm (nanomrt/methods.py, nanomrt/mrt.py)
     algorithm: str = key("mrt_online", ", ".join(ALGORITHMS))
-    alpha: float = key(1.0, "weight of the progress bonus; 0 is GRPO", 0)
+    alpha: float = key(1.0, "weight of the progress bonus; 0: none, so that mrt_online is GRPO", 0)
     gamma: float = key(0.0, "discount of later episodes' progress; 0 credits an episode with its own only", 0, 1)
     J_discount: float = key(1.0, "progress is J_discount · J after - J before", 0, 1)
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
@@ -330,7 +330,7 @@ def refuse_unread(config: RunConfig, names: Iterable[str]) -> None:
                 raise UserError(f"{name} changes nothing with task={config.task}: leave it out, or set task={task}")
         if not reads(config.algorithm, name):
             raise UserError(f"{name} changes nothing with algorithm={config.algorithm}: leave it out, or choose an algorithm "
-                            f"that reads it ({', '.join(READ_BY[name])})")
+                            f"that reads it ({', '.join(READ_BY[name])}); one of your own declares it in READ_BY")
 
 
 def _read_file(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -215,8 +215,8 @@ def measured(gathered: Gathered, row: list[int], position: list[int], value: Cal
     J[ask] = forked.J
     at = torch.tensor(row, dtype=torch.int64, device=device)
     place = gathered.batch.offset[at] + torch.tensor(position, dtype=torch.int64, device=device)
-    return replace(gathered, episodes=episodes_between(at, place, J), fork_tokens=forked.generated,
-                   fork_seconds=time.perf_counter() - began)
+    return replace(gathered, episodes=episodes_between(at, place, J), fork_tokens=gathered.fork_tokens + forked.generated,
+                   fork_seconds=gathered.fork_seconds + time.perf_counter() - began)
 
 
 # --- The family ---

@@ -37,7 +37,7 @@ class Batch:
     tokens: Tensor  # (N,) int64
     lengths: Tensor  # (B,) int64, tokens of each rollout, prompt included
     is_action: Tensor  # (N,) bool, what is learned: sampled by the policy, or written for it to imitate
-    logprob: Tensor  # (N,) fp32, under the policy that sampled, 0 where no action
+    logprob: Tensor  # (N,) fp32, as the sampler recorded it (the trainer's, after `importance_weighted`), 0 where no action
     reward: Tensor  # (B,) fp32
     prompt_id: Tensor  # (B,) int64
     finished: Tensor  # (B,) bool, False: cut off
@@ -104,7 +104,7 @@ def group_advantage(reward: Tensor, prompt_id: Tensor, norm: str) -> Tensor:
     """
     _, group, size = prompt_id.unique(return_inverse=True, return_counts=True)
     mean = lambda x: torch.zeros(len(size), dtype=x.dtype, device=x.device).index_add(0, group, x) / size
-    # In fp64 the mean of equal rewards is that reward. In fp32 it may be off by rounding, which a std as small would make 1.
+    # In fp64 the mean of equal rewards is that reward. In fp32 it may be off by rounding, which a std as small would blow up.
     centred = reward.double() - mean(reward.double())[group]  # (0)
     if norm == "mean_std":
         centred = centred / (mean(centred**2).sqrt()[group] + 1e-6)  # (0)
@@ -304,7 +304,7 @@ def token_weights(batch: Batch, loss_norm: str, budget: int, truncated: str) -> 
 
 
 def clipped_loss(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, weight: Tensor, low: float, high: float) -> Tensor:
-    """(4), a scalar; every argument (n,). Its value is near 0 on policy, its gradient is REINFORCE's."""
+    """(4), a scalar; every argument (n,). On policy its value is minus the mean advantage, its gradient REINFORCE's."""
     ratio = (logprob - old_logprob).exp()
     return -(weight * torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)).sum()  # (4)
 

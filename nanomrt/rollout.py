@@ -61,8 +61,8 @@ def branch(model: Llama, prefix: Segments, segment: Sequence[int], contexts: Seq
 
     A row without forced tokens is given its context's last token once more: something has to produce the first logits.
     """
-    starts = [len(context) - (not given) for context, given in zip(contexts, forced)]
-    given = [list(given) or [context[-1]] for context, given in zip(contexts, forced)]
+    given = [list(tokens) or [context[-1]] for context, tokens in zip(contexts, forced)]
+    starts = [len(context) - (not tokens) for context, tokens in zip(contexts, forced)]
     return generate(model, prefix, Branches.of(segment, starts, given, model.device, generator), sampling, keep=keep)
 
 

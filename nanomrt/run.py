@@ -124,6 +124,8 @@ class Run:
             report.append_jsonl(self.folder / "metrics.jsonl", provenance(self) | {"start": str(start)})
         self._saved, self._first_step, self._began, self._before = self.step, self.step, time.perf_counter(), dict(self.seconds)
         self._cpu_began = time.process_time()
+        print(f"{self.config.algorithm}: steps {self.step + 1} to {self.config.steps}, {self.config.prompts_per_step} problems x "
+              f"{self.config.group_size} rollouts each")
         self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
     def end(self) -> None:
@@ -242,13 +244,19 @@ def open_run(run: Path, chosen: Path | None = None) -> tuple[RunConfig, Path]:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked when files differ from it; '' outside a repository."""
-    here = Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+    """The commit of this checkout; where the code of a run differs from it, '-modified-' and a hash of that code. '' outside a
+    repository."""
+    root = Path(__file__).parents[1]
+    code = [root / name for name in ("train.py", "evaluate.py", "nanomrt", "data", "kernels")]
+    git = lambda *words: subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")
+        head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", *code)
     except FileNotFoundError:  # no git on this machine
         return ""
+    if not changed:
+        return head
+    files = sorted(file for path in code for file in (path.glob("*.py") if path.is_dir() else [path]))
+    return f"{head}-modified-{hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]}"
 
 
 def processor(listed: Path = Path("/proc/cpuinfo")) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import compare
-from nanomrt import comparison, report
+from nanomrt import comparison, report, run
 from nanomrt.config import UserError, load_config, parse_overrides, refuse_unread, save_config
 from nanomrt.files import write_json
 from nanomrt.run import Run, processor, provenance
@@ -255,13 +256,69 @@ def test_a_run_on_more_threads_is_not_taken_for_one_on_one(tmp_path):
     job.run.mkdir()
     save_config(replace(job.config, threads=2), job.run / "config.json")
     with pytest.raises(UserError, match="wasn't trained with threads=1.*--out_dir"):
-        compare.run_job(job)
+        compare.refuse_another_run(job)
     save_config(replace(job.config, steps=7, save_every=3), job.run / "config.json")  # the config file has changed since
     with pytest.raises(UserError, match=r"it was trained with steps=7: remove it, or train elsewhere"):
-        compare.run_job(job)
+        compare.refuse_another_run(job)
     (job.run / "config.json").write_text('{"alhpa": 1}')  # another version's
     with pytest.raises(UserError, match="unknown key 'alhpa'.*--out_dir"):
-        compare.run_job(job)
+        compare.refuse_another_run(job)
+
+
+def test_another_run_in_the_way_is_found_before_any_work(begun, tmp_path):
+    """The last of three: nothing of the others has begun by then."""
+    command = ["config/tiny.py", "--algorithms", "grpo,anytime,star", "--seeds", "1", "--jobs", "1", "--results",
+               str(tmp_path / "results"), f"--out_dir={tmp_path}"]
+    job = compare.Job.of(Path("config/tiny.py"), "star", 0, {"out_dir": str(tmp_path)}, tmp_path / "results/tiny", "test")
+    job.run.mkdir()
+    save_config(replace(job.config, steps=7), job.run / "config.json")
+    with pytest.raises(UserError, match="it was trained with steps=7"):
+        compare.main(command)
+    assert not begun
+
+
+def test_a_commit_says_whether_the_code_of_a_run_differs_from_it(tmp_path, monkeypatch):
+    """And how: two changes have two names. What a comparison writes, and whatever else is no code of a run, is no change."""
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "nanomrt/run.py"))
+    for name in ("nanomrt/run.py", "data/a.py", "kernels/b.py", "train.py", "evaluate.py", "results/a.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *words], cwd=tmp_path, check=True,
+                                        capture_output=True, text=True).stdout.strip()
+    git("init"), git("add", "."), git("commit", "-m", "all")
+    head = git("rev-parse", "--short", "HEAD")
+    (tmp_path / "results/a.md").write_text("2\n")
+    assert run.commit() == head
+    names = set()
+    for name, text in (("train.py", "2"), ("train.py", "3"), ("nanomrt/run.py", "2"), ("nanomrt/new.py", "1")):
+        (tmp_path / name).write_text(text)
+        names.add(run.commit())
+    assert len(names) == 4 and all(re.fullmatch(f"{head}-modified-[0-9a-f]{{8}}", name) for name in names)
+    git("checkout", "."), (tmp_path / "nanomrt/new.py").unlink()
+    assert run.commit() == head
+
+
+@pytest.mark.parametrize("made, warned", [("abc", False), ("abc-modified", True), ("abc-modified-12345678", True),
+                                          ("now-modified-87654321", False), ("", False)])
+@pytest.mark.parametrize("there", ["its run", "its result"])
+def test_a_run_of_code_that_no_commit_keeps_and_that_has_changed_is_named(tmp_path, monkeypatch, capsys, there, made, warned):
+    """Whoever edits a method and compares again would see the old one's numbers."""
+    def stop(jobs, processes):
+        raise UserError("here")
+
+    monkeypatch.setattr(compare, "commit", lambda: "now-modified-87654321")
+    monkeypatch.setattr(compare, "run_all", stop)
+    job = compare.Job.of(Path("config/tiny.py"), "grpo", 0, {"out_dir": str(tmp_path)}, tmp_path / "results/tiny", "test")
+    for folder in (job.run, job.result.parent):
+        folder.mkdir(parents=True)
+    if there == "its result":
+        write_json(job.result, {"commit": made, "config": asdict(job.config)})
+    elif made:
+        report.append_jsonl(job.run / "metrics.jsonl", {"commit": made})
+    with pytest.raises(UserError, match="here"):
+        compare.main(["config/tiny.py", "--algorithms", "grpo", "--seeds", "1", "--results", str(tmp_path / "results"),
+                      f"--out_dir={tmp_path}"])
+    assert ("grpo, seed 0, is of code that has changed since" in capsys.readouterr().err) == warned
 
 
 def test_a_run_that_was_evaluated_on_its_way_goes_on(tmp_path, monkeypatch):

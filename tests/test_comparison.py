@@ -172,6 +172,15 @@ def test_an_interval_is_that_of_the_draws_for_which_there_is_a_value(monkeypatch
     assert comparison.cell(price, mine, unsolved, sign="+") == "-inf [-inf -inf]"
 
 
+@pytest.mark.parametrize("undefined, known", [(0.45, True), (0.55, False)])
+def test_most_draws_must_be_defined(monkeypatch, undefined, known):
+    """An interval of the few draws for which a statistic means something would be too narrow."""
+    monkeypatch.setattr(comparison, "RESAMPLES", 100)
+    calls = iter([math.nan] * round(100 * undefined) + [1.0] * 100)
+    text = comparison.cell((lambda arm: next(calls), 2), {"right": np.zeros((2, 3))})
+    assert text == ("1.00 [1.00 1.00]" if known else "-")
+
+
 def test_an_arm_gains_over_its_own_start():
     """From .5 to 1 it has gained as much as the baseline from 0 to .5, though it ends .5 ahead."""
     ahead = [run("mrt", seed, (0, 0, 0.0, [1.0, 0.0], [9.0, 9.0]), (10, 100, 4.0, [1.0, 1.0], [9.0, 9.0])) for seed in (0, 1)]

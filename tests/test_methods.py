@@ -14,7 +14,7 @@ import train
 from data.countdown import Countdown
 from nanomrt import rollout
 from nanomrt.config import ALGORITHMS, READ_BY, SUPERVISED, RunConfig
-from nanomrt.methods import METHODS, Gathered
+from nanomrt.methods import METHODS, Gathered, measured, stopping, traces_with_J
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import boundaries, examples, force_answers, grade, roll_out, training_sampling
 from nanomrt.run import Run
@@ -112,6 +112,14 @@ def test_a_verdict_that_is_no_number_is_an_error_that_names_its_row(task, monkey
     assert grade(task, [problem], responses[:1]) == [1.0]
     with pytest.raises(ValueError, match=f"row 1: .*grade says {verdict} of '7', an answer to Problem"):
         grade(task, [problem] * 2, responses)
+
+
+def test_who_measures_twice_pays_twice(model, task):
+    """A method of one's own may: what a value costs is added to what has been measured before."""
+    config, g = RunConfig(group_size=GROUP), torch.Generator().manual_seed(0)
+    gathered = traces_with_J(model, task, task.problems("train", PROBLEMS, 0), config, g)
+    again = measured(gathered, *boundaries(task, gathered.rollouts), stopping(model, task, config, g))
+    assert again.fork_tokens == 2 * gathered.fork_tokens > 0 and again.fork_seconds > gathered.fork_seconds > 0
 
 
 def test_every_algorithm_of_the_config_is_a_method():
