@@ -42,6 +42,7 @@ READ_BY = {  # keys that training reads with some methods, and with no other
     "repeat_penalty": ("grpo", "mrt_online", "mrt"),
     "length_penalty": ("length_penalty",),
     "decision_in_loss": ("mrt",),
+    "forced_on": ("mrt_online",),
     "forks": ("mrt_online", "mrt", "mrt_b", "mrt_star", "vineppo", "anytime"),
     "fork_temperature": ("mrt_online", "mrt", "mrt_b", "mrt_star", "anytime"),
     **dict.fromkeys(("clip_low", "clip_high"), tuple(name for name in ALGORITHMS if name not in SUPERVISED)),
@@ -154,6 +155,7 @@ class RunConfig:
     repeat_penalty: float = key(0.0, "price of each token of an n-gram, as long as an attempt, that was said before; 0: off", 0)
     length_penalty: float = key(0.5, "share of the reward that a whole budget of tokens costs", 0, 1)
     decision_in_loss: bool = key(False, "whether the forced decision to stop is learned, too")
+    forced_on: float = key(0.0, "of the rollouts that stop, the share that is also forced to go on, and learned from there", 0, 1)
     forks: int = key(1, "branches per boundary, m: forced answers, or continuations for vineppo; 0: none, J is a probability", 0)
     fork_temperature: float = key(0.0, "temperature of forced answers; 0 is greedy, so one fork's J is 0 or 1", 0)
     advantage_norm: str = key("mean_std", "outcome reward in its group: mean (centred), mean_std (and divided by the std), rloo")
@@ -215,6 +217,8 @@ class RunConfig:
              f"{self.algorithm}"),
             (self.repeat_penalty and self.task != "countdown",
              "repeat_penalty knows how long an attempt is in Countdown only: leave it at 0"),
+            (self.forced_on and self.alpha == 0,
+             "forced_on learns from progress, and alpha=0 gives it no weight: leave one of them out"),
             (self.importance_cap and self.importance_cap < 1, "importance_cap must be 0 (off) or at least 1"),
             (self.importance_cap and self.algorithm in SUPERVISED,
              f"importance_cap is for probability ratios, and the loss of algorithm={self.algorithm} has none: leave it at 0"),

@@ -20,7 +20,7 @@ the keys that it reads, in `READ_BY`.
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ class Gathered:
     """What one step learns from."""
 
     rollouts: Rollouts
-    batch: Batch
+    batch: Batch  # of the rollouts; those of `forced_on` stand behind them
     episodes: Episodes | None  # None: nothing was measured inside of the rollouts
     trace_tokens: int  # generated, for the ledger
     fork_tokens: int = 0
@@ -57,7 +57,10 @@ class Gathered:
 
     def metrics(self) -> dict[str, float | None]:
         """What a step line says about the rollouts: means over rollouts, or over episodes for `progress`."""
-        batch, E = self.batch, self.episodes
+        own, E = len(self.rollouts.tokens), self.episodes
+        batch = self.batch.take(torch.arange(own, device=self.batch.lengths.device))
+        if E is not None:
+            E = Episodes(*(getattr(E, field.name)[E.row < own] for field in fields(E)))
         mean = lambda x: float(x.float().mean()) if len(x) else 0.0
         metrics = {"reward": mean(batch.reward), "finished": mean(batch.finished), "J_first": None, "J_last": None,
                    "progress": None, "episodes": None,
@@ -99,9 +102,50 @@ def traces_with_J(model, task, problems, config, generator) -> Gathered:
 
 
 def traces_for_progress(model, task, problems, config, generator) -> Gathered:
-    """As `traces_with_J`; but with alpha = 0 nothing reads J, and none is measured."""
-    gather = traces if config.alpha == 0 else traces_with_J
-    return gather(model, task, problems, config, generator)
+    """As `traces_with_J`, with `forced_on`; but with alpha = 0 nothing reads J, and none is measured."""
+    if config.alpha == 0:
+        return traces(model, task, problems, config, generator)
+    gathered = traces_with_J(model, task, problems, config, generator)
+    return with_forced_on(gathered, model, task, config, generator) if config.forced_on else gathered
+
+
+def with_forced_on(gathered, model, task, config, generator) -> Gathered:
+    """And some of the traces that stopped, once more, behind the others: forced to go on from there to the end of the budget.
+
+    So a policy also learns what to do where it would have stopped, which it hardly ever sees. What was before is context, and so
+    is every `<try>`: it may stand for a `</think>`. Each is a group of its own: it has progress, and no outcome."""
+    rollouts, close = gathered.rollouts, task.close_thinking
+    chosen = (torch.rand(len(rollouts.tokens), generator=generator) < config.forced_on).tolist()
+    sampling, rows, contexts, room = training_sampling(task, config), [], [], []
+    for r, start in enumerate(rollouts.prompt_length):
+        stop = start + task.thinking_tokens(rollouts.response(r))
+        left = start + sampling.max_new_tokens - stop
+        if chosen[r] and rollouts.tokens[r][stop : stop + 1] == [close] and left > task.forced_tokens:
+            rows.append(r)
+            contexts.append(rollouts.tokens[r][:stop])
+            room.append(left - 1)
+    if not rows:
+        return gathered
+    sampling = replace(sampling, max_new_tokens=torch.tensor(room, device=model.device), instead=(close, task.open_episode))
+    more = continue_from(model, task, [rollouts.problems[r] for r in rows], rollouts.samples.segments(), rows, contexts,
+                         [[task.open_episode]] * len(rows), range(len(rollouts.tokens), len(rollouts.tokens) + len(rows)),
+                         sampling, generator)
+    samples = more.samples
+    more = replace(more, samples=replace(samples, is_action=samples.is_action & (samples.tokens != task.open_episode)))
+    batch = replace(more.batch(), finished=torch.ones(len(rows), dtype=torch.bool, device=model.device))  # nobody cut them off
+    new = [(r, p) for r, p in zip(*boundaries(task, more)) if p >= len(contexts[r])]
+    row, position = map(list, zip(*new)) if new else ([], [])
+    forced = measured(Gathered(more, batch, None, samples.generated), row, position, stopping(model, task, config, generator))
+    return joined(gathered, forced)
+
+
+def joined(a: Gathered, b: Gathered) -> Gathered:
+    """What both have learned from, b behind a, whose rollouts it is that are shown."""
+    rows, tokens = len(a.batch.lengths), len(a.batch.tokens)
+    later = replace(b.episodes, row=b.episodes.row + rows, start=b.episodes.start + tokens, end=b.episodes.end + tokens)
+    cat = lambda x, y: type(x)(*(torch.cat([getattr(x, field.name), getattr(y, field.name)]) for field in fields(x)))
+    return replace(a, batch=cat(a.batch, b.batch), episodes=cat(a.episodes, later), trace_tokens=a.trace_tokens + b.trace_tokens,
+                   fork_tokens=a.fork_tokens + b.fork_tokens, fork_seconds=a.fork_seconds + b.fork_seconds)
 
 
 def traces_with_V(model, task, problems, config, generator) -> Gathered:

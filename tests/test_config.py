@@ -140,6 +140,7 @@ def test_one_file_may_build_on_another(tmp_path):
     ("", "seed=1", "expected --key=value, not 'seed=1'"),
     ("", "-s 1", "expected --key=value, not '-s'"),
     # impossible combinations
+    ("", "--forced_on=0.25 --alpha=0", "forced_on learns from progress, and alpha=0 gives it no weight"),
     ("", "--thinking_budget=999", "more than max_position_embeddings=256: raise it, or lower thinking_budget"),
     ("", "--eval_budget=999", "more than max_position_embeddings=256"),
     ("", "--trace_max_attempts=99", "lower thinking_budget, eval_budget or trace_max_attempts"),
@@ -311,7 +312,7 @@ def test_every_key_is_described():
         assert field.type in (int, float, bool, str) and type(field.default) is field.type and field.metadata["meaning"]
         assert re.match(rf"\s+--{field.name}\s+{field.type.__name__}\s", line)
         assert repr(field.default) in line and line.endswith(field.metadata["meaning"])
-        assert ("of mrt_online: " in line) == (field.name == "gamma")
+        assert ("of mrt_online: " in line) == (field.name in ("gamma", "forced_on"))
 
 
 def test_a_key_that_changes_nothing_is_refused():

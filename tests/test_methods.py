@@ -12,9 +12,9 @@ from test_mrt import make_batch, make_episodes
 
 import train
 from data.countdown import Countdown
-from nanomrt import rollout
+from nanomrt import mrt, rollout
 from nanomrt.config import ALGORITHMS, READ_BY, SUPERVISED, RunConfig
-from nanomrt.methods import METHODS, Gathered, measured, stopping, traces_with_J
+from nanomrt.methods import METHODS, Gathered, measured, stopping, traces_for_progress, traces_with_J
 from nanomrt.model import Llama, Packed
 from nanomrt.rollout import boundaries, examples, force_answers, grade, roll_out, training_sampling
 from nanomrt.run import Run
@@ -120,6 +120,74 @@ def test_who_measures_twice_pays_twice(model, task):
     gathered = traces_with_J(model, task, task.problems("train", PROBLEMS, 0), config, g)
     again = measured(gathered, *boundaries(task, gathered.rollouts), stopping(model, task, config, g))
     assert again.fork_tokens == 2 * gathered.fork_tokens > 0 and again.fork_seconds > gathered.fork_seconds > 0
+
+
+@pytest.fixture
+def forced(model, task) -> SimpleNamespace:
+    """A step of mrt_online without `forced_on`, with all of it, and the rows that stopped with budget left."""
+    config, problems = RunConfig(group_size=GROUP, progress_norm="none"), task.problems("train", PROBLEMS, 0)
+    gather = lambda share: traces_for_progress(model, task, problems, replace(config, forced_on=share), generator(3))
+    free, both = gather(0.0), gather(1.0)
+    stops = [task.thinking_tokens(free.rollouts.response(r)) for r in range(PROBLEMS * GROUP)]
+    rows = [r for r, stop in enumerate(stops) if stop < config.thinking_budget and
+            free.rollouts.response(r)[stop] == task.close_thinking]
+    assert 3 < len(rows) < PROBLEMS * GROUP
+    return SimpleNamespace(config=config, free=free, both=both, rows=rows, stops=[stops[r] for r in rows])
+
+
+def test_forced_on_a_trace_goes_on_from_its_stop_to_the_end_of_the_budget(forced, task):
+    """What stands before is the trace's own; a <try> takes the place of every </think>, and neither they nor what was before
+    is an action."""
+    free, batch, own = forced.free, forced.both.batch, PROBLEMS * GROUP
+    lengths = batch.lengths.tolist()
+    tokens, is_action = (x.split(lengths) for x in (batch.tokens, batch.is_action))
+    assert len(lengths) == own + len(forced.rows)
+    full = training_sampling(task, forced.config).max_new_tokens
+    for more, r, stop in zip(range(own, len(lengths)), forced.rows, forced.stops, strict=True):
+        cut = free.rollouts.prompt_length[r] + stop
+        assert tokens[more][:cut].tolist() == free.rollouts.tokens[r][:cut] and not is_action[more][:cut].any()
+        later = tokens[more][cut:]
+        assert later[0] == task.open_episode and task.close_thinking not in later
+        assert torch.equal(is_action[more][cut:], later != task.open_episode)
+        assert len(later) == full - stop or later[-1] == task.close_answer
+    assert batch.finished[own:].all() and batch.prompt_id.unique(return_counts=True)[1].tolist() == [GROUP] * PROBLEMS + [
+        1] * len(forced.rows)
+
+
+def test_what_is_forced_on_is_credited_with_its_progress_and_with_no_outcome(forced):
+    """Its first J is that at the stop. Rollouts that nobody forced have the credit that they have without, to the last bit."""
+    free, batch, E, own = forced.free, forced.both.batch, forced.both.episodes, PROBLEMS * GROUP
+    credit = lambda gathered: mrt.progress_credit(gathered.batch, gathered.episodes, forced.config)
+    plain, advantage = credit(free), credit(forced.both)
+    assert torch.equal(advantage[: len(plain)], plain)
+    assert torch.equal(advantage[len(plain) :], (mrt.spread(batch, E, E.progress()) * batch.is_action)[len(plain) :])
+    at_stop = {int(row): float(J) for row, J in zip(free.episodes.row, free.episodes.J_after)}  # the last one of each row
+    first = {}
+    for row, J in zip((E.row - own).tolist(), E.J_before.tolist()):
+        first.setdefault(row, J)
+    compared = [(first[i], at_stop[r]) for i, r in enumerate(forced.rows) if i in first and r in at_stop]
+    assert len(compared) > 3 and all(a == b for a, b in compared)
+
+
+def test_the_trainer_scores_what_was_forced_on_as_the_sampler_did(forced, model):
+    batch = forced.both.batch
+    rescored = train.rescore(model, batch, forced.config)
+    torch.testing.assert_close(rescored[batch.is_action], batch.logprob[batch.is_action], atol=1e-4, rtol=0)
+
+
+def test_the_log_is_of_rollouts_that_nobody_forced_and_the_ledger_of_all(forced, asked):
+    free, both = forced.free, forced.both
+    assert both.metrics() == free.metrics()
+    assert both.trace_tokens - free.trace_tokens == int(both.batch.lengths[PROBLEMS * GROUP :].sum()) - sum(
+        free.rollouts.prompt_length[r] + stop + 1 for r, stop in zip(forced.rows, forced.stops))
+    assert both.fork_tokens > free.fork_tokens
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_forced_on_is_a_share_of_the_rollouts_that_stop(forced, model, task, share):
+    draws = [len(traces_for_progress(model, task, task.problems("train", PROBLEMS, 0), replace(forced.config, forced_on=share),
+                                     generator(seed)).batch.lengths) - PROBLEMS * GROUP for seed in range(8)]
+    assert abs(sum(draws) / (8 * len(forced.rows)) - share) < 0.17
 
 
 def test_every_algorithm_of_the_config_is_a_method():

@@ -161,6 +161,7 @@ def learned(warm_started, tmp_path_factory) -> Callable[..., torch.Tensor]:
     ([], ["--loss_norm=sequence"]), ([], ["--truncated=mask"]), (["--algorithm=grpo"], ["--equal_groups=skip"]),
     ([], ["--advantage_norm=rloo"]), ([], ["--advantage_norm=mean"]), ([], ["--gamma=0.5"]), ([], ["--fork_temperature=1"]),
     (["--fork_temperature=1"], ["--forks=2"]), (["--fork_temperature=1"], ["--forks=0"]), ([], ["--weight_decay=0.1"]),
+    ([], ["--forced_on=1"]),
 ])
 def test_every_switch_trains_and_changes_what_is_learned(learned, without, switch):
     """By more than rounding; importance weights, which are 1 but for rounding here, have tests of their own."""
