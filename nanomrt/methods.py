@@ -113,7 +113,8 @@ def with_forced_on(gathered, model, task, config, generator) -> Gathered:
     """And some of the traces that stopped, once more, behind the others: forced to go on from there to the end of the budget.
 
     So a policy also learns what to do where it would have stopped, which it hardly ever sees. What was before is context, and so
-    is every `<try>`: it may stand for a `</think>`. Each is a group of its own: it has progress, and no outcome."""
+    is every `<try>`: it may stand for a `</think>`. Each is a group of its own: it has progress, and no outcome. `J_discount`
+    charges going on where the answer is known, and nobody here has chosen to: progress is J_discount · (J after - J before)."""
     rollouts, close = gathered.rollouts, task.close_thinking
     chosen = (torch.rand(len(rollouts.tokens), generator=generator) < config.forced_on).tolist()
     sampling, rows, contexts, room = training_sampling(task, config), [], [], []
@@ -136,7 +137,8 @@ def with_forced_on(gathered, model, task, config, generator) -> Gathered:
     new = [(r, p) for r, p in zip(*boundaries(task, more)) if p >= len(contexts[r])]
     row, position = map(list, zip(*new)) if new else ([], [])
     forced = measured(Gathered(more, batch, None, samples.generated), row, position, stopping(model, task, config, generator))
-    return joined(gathered, forced)
+    episodes = forced.episodes
+    return joined(gathered, replace(forced, episodes=replace(episodes, J_before=config.J_discount * episodes.J_before)))
 
 
 def joined(a: Gathered, b: Gathered) -> Gathered:

@@ -86,7 +86,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
-    instead: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; to look at, not to train on
+    instead: tuple[int, int] | None = None  # (a, b): b stands where a was drawn; who trains leaves b out, for nobody chose it
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_who_measures_twice_pays_twice(model, task):
 @pytest.fixture
 def forced(model, task) -> SimpleNamespace:
     """A step of mrt_online without `forced_on`, with all of it, and the rows that stopped with budget left."""
-    config, problems = RunConfig(group_size=GROUP, progress_norm="none"), task.problems("train", PROBLEMS, 0)
+    config, problems = RunConfig(group_size=GROUP, progress_norm="none", J_discount=0.5), task.problems("train", PROBLEMS, 0)
     gather = lambda share: traces_for_progress(model, task, problems, replace(config, forced_on=share), generator(3))
     free, both = gather(0.0), gather(1.0)
     stops = [task.thinking_tokens(free.rollouts.response(r)) for r in range(PROBLEMS * GROUP)]
@@ -155,17 +155,20 @@ def test_forced_on_a_trace_goes_on_from_its_stop_to_the_end_of_the_budget(forced
 
 
 def test_what_is_forced_on_is_credited_with_its_progress_and_with_no_outcome(forced):
-    """Its first J is that at the stop. Rollouts that nobody forced have the credit that they have without, to the last bit."""
+    """Its first J is that at the stop, and what changes nothing costs nothing: who is forced on did not choose to. Rollouts that
+    nobody forced have the credit that they have without, to the last bit."""
     free, batch, E, own = forced.free, forced.both.batch, forced.both.episodes, PROBLEMS * GROUP
     credit = lambda gathered: mrt.progress_credit(gathered.batch, gathered.episodes, forced.config)
     plain, advantage = credit(free), credit(forced.both)
     assert torch.equal(advantage[: len(plain)], plain)
-    assert torch.equal(advantage[len(plain) :], (mrt.spread(batch, E, E.progress()) * batch.is_action)[len(plain) :])
+    assert torch.equal(advantage[len(plain) :], (mrt.spread(batch, E, E.progress(0.5)) * batch.is_action)[len(plain) :])
+    follows = (E.row[1:] == E.row[:-1]) & (E.row[1:] >= own)
+    assert torch.equal(E.J_before[1:][follows], 0.5 * E.J_after[:-1][follows]) and E.J_after[1:][follows].any()
     at_stop = {int(row): float(J) for row, J in zip(free.episodes.row, free.episodes.J_after)}  # the last one of each row
     first = {}
     for row, J in zip((E.row - own).tolist(), E.J_before.tolist()):
         first.setdefault(row, J)
-    compared = [(first[i], at_stop[r]) for i, r in enumerate(forced.rows) if i in first and r in at_stop]
+    compared = [(first[i], 0.5 * at_stop[r]) for i, r in enumerate(forced.rows) if i in first and r in at_stop]
     assert len(compared) > 3 and all(a == b for a, b in compared)
 
 
