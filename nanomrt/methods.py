@@ -49,15 +49,16 @@ class Gathered:
     """What one step learns from."""
 
     rollouts: Rollouts
-    batch: Batch  # of the rollouts; those of `forced_on` stand behind them
+    batch: Batch
     episodes: Episodes | None  # None: nothing was measured inside of the rollouts
     trace_tokens: int  # generated, for the ledger
     fork_tokens: int = 0
     fork_seconds: float = 0.0  # wall clock of the forks
+    forced: int = 0  # the last so many rows of the batch are `forced_on`, and none of the rollouts
 
     def metrics(self) -> dict[str, float | None]:
         """What a step line says about the rollouts: means over rollouts, or over episodes for `progress`."""
-        own, E = len(self.rollouts.tokens), self.episodes
+        own, E = len(self.batch.lengths) - self.forced, self.episodes
         batch = self.batch.take(torch.arange(own, device=self.batch.lengths.device))
         if E is not None:
             E = Episodes(*(getattr(E, field.name)[E.row < own] for field in fields(E)))
@@ -147,7 +148,8 @@ def joined(a: Gathered, b: Gathered) -> Gathered:
     later = replace(b.episodes, row=b.episodes.row + rows, start=b.episodes.start + tokens, end=b.episodes.end + tokens)
     cat = lambda x, y: type(x)(*(torch.cat([getattr(x, field.name), getattr(y, field.name)]) for field in fields(x)))
     return replace(a, batch=cat(a.batch, b.batch), episodes=cat(a.episodes, later), trace_tokens=a.trace_tokens + b.trace_tokens,
-                   fork_tokens=a.fork_tokens + b.fork_tokens, fork_seconds=a.fork_seconds + b.fork_seconds)
+                   fork_tokens=a.fork_tokens + b.fork_tokens, fork_seconds=a.fork_seconds + b.fork_seconds,
+                   forced=len(b.batch.lengths))
 
 
 def traces_with_V(model, task, problems, config, generator) -> Gathered:
