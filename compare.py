@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for job in jobs:
         if changed := differences(job.made_with, job.config):
             print(f"warning: {job.result} was made with {changed}; remove it to train it anew", file=sys.stderr)
-        if "-modified" in job.made_by and job.made_by != commit():  # code that no commit keeps
+        if "-modified" in job.made_by and job.made_by != commit():  # no commit keeps what it was made by
             print(f"warning: {job.arm}, seed {job.config.seed}, is of code that has changed since; remove {job.result} and "
                   f"{job.run} to train it anew", file=sys.stderr)
     agree({job.result.stem: job.made_with for job in jobs}, MEASURED,
@@ -174,7 +174,6 @@ class Job:
         if not self.result.is_file():
             return asdict(self.config)
         return complete(json.loads(self.result.read_text())["config"])
-
 
     @property
     def made_by(self) -> str:

@@ -182,8 +182,9 @@ def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, advanta
             loss = loss_of(logprob, old, advantage[at], weight[at], None if ref_logprob is None else ref_logprob[at], config)
             loss.backward()
             seen.update(observed(loss.detach(), logprob.detach(), old, entropy.detach(), config))
-            if index == 0:  # before the first step both distributions are the same, so this is the sampler's error, unless
-                # `old` is not the sampler's: `importance_weighted` has measured it then, and what is imitated has none
+            # Before the first step both distributions are the same, so this is the sampler's error. (Where `old` isn't the
+            # sampler's it is 0: `importance_weighted` has measured the error then, and what is imitated has none.)
+            if index == 0:
                 differences.append(logprob.detach() - old)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
         seen["grad_norm"] += norm

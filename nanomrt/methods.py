@@ -54,7 +54,7 @@ class Gathered:
     trace_tokens: int  # generated, for the ledger
     fork_tokens: int = 0
     fork_seconds: float = 0.0  # wall clock of the forks
-    forced: int = 0  # the last so many rows of the batch are `forced_on`, and none of the rollouts
+    forced: int = 0  # so many rows of the batch, the last ones, are those of `forced_on`, behind the rollouts
 
     def metrics(self) -> dict[str, float | None]:
         """What a step line says about the rollouts: means over rollouts, or over episodes for `progress`."""
@@ -111,14 +111,15 @@ def traces_for_progress(model, task, problems, config, generator) -> Gathered:
 
 
 def with_forced_on(gathered, model, task, config, generator) -> Gathered:
-    """And some of the traces that stopped, once more, behind the others: forced to go on from there to the end of the budget.
+    """Some of the traces that stopped (a share, `forced_on`) are in the batch once more, behind the others: forced to go on from
+    there to the end of the budget. So a policy learns what to do where it would have stopped, which it hardly ever sees.
 
-    So a policy also learns what to do where it would have stopped, which it hardly ever sees. What was before is context, and so
-    is every `<try>`: it may stand for a `</think>`. Each is a group of its own: it has progress, and no outcome. `J_discount`
-    charges going on where the answer is known, and nobody here has chosen to: progress is J_discount · (J after - J before)."""
-    rollouts, close = gathered.rollouts, task.close_thinking
-    chosen = (torch.rand(len(rollouts.tokens), generator=generator) < config.forced_on).tolist()
-    sampling, rows, contexts, room = training_sampling(task, config), [], [], []
+    What was before the stop is context, and so is every `<try>`: it may stand for a `</think>`. Each is a group of its own, so it
+    has progress and no outcome. `J_discount` charges going on where the answer is known, and nobody here has chosen to: progress
+    is J_discount · (J after - J before), and what changes nothing costs nothing (NOTES.md has what happens if it does)."""
+    rollouts, close, sampling = gathered.rollouts, task.close_thinking, training_sampling(task, config)
+    chosen = (torch.rand(len(rollouts.tokens), generator=generator) < config.forced_on).tolist()  # (B,)
+    rows, contexts, room = [], [], []  # of those that go on: whose trace, as far as it thought, and how many tokens are left
     for r, start in enumerate(rollouts.prompt_length):
         stop = start + task.thinking_tokens(rollouts.response(r))
         left = start + sampling.max_new_tokens - stop
@@ -135,15 +136,15 @@ def with_forced_on(gathered, model, task, config, generator) -> Gathered:
     samples = more.samples
     more = replace(more, samples=replace(samples, is_action=samples.is_action & (samples.tokens != task.open_episode)))
     batch = replace(more.batch(), finished=torch.ones(len(rows), dtype=torch.bool, device=model.device))  # nobody cut them off
-    new = [(r, p) for r, p in zip(*boundaries(task, more)) if p >= len(contexts[r])]
-    row, position = map(list, zip(*new)) if new else ([], [])
-    forced = measured(Gathered(more, batch, None, samples.generated), row, position, stopping(model, task, config, generator))
-    episodes = forced.episodes
-    return joined(gathered, replace(forced, episodes=replace(episodes, J_before=config.J_discount * episodes.J_before)))
+    new = [(r, place) for r, place in zip(*boundaries(task, more)) if place >= len(contexts[r])]  # from the stop on
+    forced = measured(Gathered(more, batch, None, samples.generated), [r for r, _ in new], [place for _, place in new],
+                      stopping(model, task, config, generator))
+    uncharged = replace(forced.episodes, J_before=config.J_discount * forced.episodes.J_before)
+    return joined(gathered, replace(forced, episodes=uncharged))
 
 
 def joined(a: Gathered, b: Gathered) -> Gathered:
-    """What both have learned from, b behind a, whose rollouts it is that are shown."""
+    """The batches and episodes of both, a's first. The rollouts stay a's: b's rows are counted as forced."""
     rows, tokens = len(a.batch.lengths), len(a.batch.tokens)
     later = replace(b.episodes, row=b.episodes.row + rows, start=b.episodes.start + tokens, end=b.episodes.end + tokens)
     cat = lambda x, y: type(x)(*(torch.cat([getattr(x, field.name), getattr(y, field.name)]) for field in fields(x)))
